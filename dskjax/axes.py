@@ -1,0 +1,109 @@
+"""The glossary of logical axes, and the rules that map them to the axes of a mesh."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+LOGICAL_AXES = {
+    "batch": "sequences of a batch, or the flat token rows of a ragged one",
+    "sequence": "tokens of a sequence",
+    "layers": "stacked layers",
+    "vocab": "vocabulary entries (X)",
+    "embed": "hidden size (D)",
+    "heads": "attention heads times their width",
+    "latent": "compressed key/value rank (C)",
+    "q_latent": "compressed query rank (Q)",
+    "mlp": "intermediate size of an MLP or expert (F)",
+    "experts": "routed experts (E)",
+}
+"""Every logical axis a weight or activation may name, with its meaning."""
+
+
+def check_axes(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> None:
+    """Raises ValueError when `axes` does not fit `shape` or names an axis that is not in the
+    glossary.
+    """
+    if len(shape) != len(axes):
+        raise ValueError(f"{len(axes)} axes {axes} for {len(shape)} dimensions {shape}")
+    unknown = [axis for axis in axes if axis is not None and axis not in LOGICAL_AXES]
+    if unknown:
+        raise ValueError(f"unknown logical axes {unknown}; known: {', '.join(LOGICAL_AXES)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """Which mesh axis (or axes, or none) each logical axis is split over.
+
+    Raises:
+        ValueError: at construction for an unknown logical axis; in `spec` when two dimensions of
+            one array would use the same mesh axis.
+    """
+
+    of: tuple[tuple[str, str | tuple[str, ...] | None], ...]
+
+    @classmethod
+    def make(cls, of: Mapping[str, str | tuple[str, ...] | None]) -> "Rules":
+        """Rules from a mapping; logical axes that are absent are not split."""
+        unknown = sorted(set(of) - set(LOGICAL_AXES))
+        if unknown:
+            raise ValueError(
+                f"rules name unknown logical axes {unknown}; known: {', '.join(LOGICAL_AXES)}"
+            )
+        return cls(tuple(sorted(of.items())))
+
+    def spec(self, axes: tuple[str | None, ...]) -> PartitionSpec:
+        """PartitionSpec of an array with these logical axes."""
+        mapping = dict(self.of)
+        parts = [mapping.get(axis) if axis is not None else None for axis in axes]
+        used: dict[str, str | None] = {}
+        for axis, part in zip(axes, parts, strict=True):
+            for mesh_axis in (part,) if isinstance(part, str) else part or ():
+                if mesh_axis in used:
+                    raise ValueError(
+                        f"rules split both {used[mesh_axis]!r} and {axis!r} of one array {axes} "
+                        f"over mesh axis {mesh_axis!r}"
+                    )
+                used[mesh_axis] = axis
+        return PartitionSpec(*parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharding:
+    """A mesh with its rules: all that model code needs to place arrays by their logical axes."""
+
+    mesh: jax.sharding.Mesh
+    rules: Rules
+
+    def of(
+        self, axes: tuple[str | None, ...], shape: tuple[int, ...] | None = None
+    ) -> NamedSharding:
+        """NamedSharding for these logical axes. With `shape`, dimensions that do not divide evenly
+        stay whole.
+        """
+        spec = self.rules.spec(axes)
+        if shape is None:
+            return NamedSharding(self.mesh, spec)
+        parts = [
+            part if size % self._ways(part) == 0 else None
+            for size, part in zip(shape, spec, strict=True)
+        ]
+        return NamedSharding(self.mesh, PartitionSpec(*parts))
+
+    def constrain(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+        """Pins an activation's sharding inside jit."""
+        return jax.lax.with_sharding_constraint(x, self.of(axes, x.shape))
+
+    def params(self, specs: Any) -> Any:
+        """Tree of shardings for a tree of `WeightSpec`."""
+        return jax.tree.map(
+            lambda s: self.of(s.axes, s.shape), specs, is_leaf=lambda s: hasattr(s, "axes")
+        )
+
+    def _ways(self, part: str | tuple[str, ...] | None) -> int:
+        ways = 1
+        for axis in (part,) if isinstance(part, str) else part or ():
+            ways *= self.mesh.shape[axis]
+        return ways

@@ -1,0 +1,1 @@
+"""Decoding: sampling, acceptance rules, MTP drafting and the one jitted step."""

@@ -1,0 +1,107 @@
+"""Mixture of experts: gate, routed experts, shared experts (DeepSeek-V3 report, section 2.1.2)."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dskjax.config import MoeConfig
+from dskjax.layers.mlp import SwiGlu, swiglu
+from dskjax.params import Module, weight
+from pallas_kernels import grouped_matmul, route
+
+
+class Gate(Module):
+    """Scores of tokens for experts, in fp32 whatever the compute dtype; the selection bias stays
+    fp32 too.
+    """
+
+    def __init__(self, hidden_size: int, moe: MoeConfig):
+        self.moe = moe
+        self.weight = weight((moe.n_routed_experts, hidden_size), axes=("experts", "embed"))
+        if moe.topk_method == "noaux_tc":
+            self.e_score_correction_bias = weight(
+                (moe.n_routed_experts,), axes=("experts",), init="zeros", dtype="float32"
+            )
+
+    def __call__(
+        self, x: Float[Array, "T D"], *, impl: str
+    ) -> tuple[Float[Array, "T K"], Int[Array, "T K"]]:
+        """Weights float32 and chosen experts of each row."""
+        weight_ed = self.weight[...].astype(jnp.float32)
+        logits_te = jnp.einsum("td,ed->te", x.astype(jnp.float32), weight_ed, precision="highest")
+        moe = self.moe
+        return route(
+            logits_te,
+            self.e_score_correction_bias[...] if moe.topk_method == "noaux_tc" else None,
+            top_k=moe.num_experts_per_tok,
+            scoring_func=moe.scoring_func,
+            n_group=moe.n_group,
+            topk_group=moe.topk_group,
+            norm_topk_prob=moe.norm_topk_prob,
+            routed_scaling_factor=moe.routed_scaling_factor,
+            impl=impl,
+        )
+
+
+class Experts(Module):
+    """The routed experts: rows sorted by expert, two grouped products, and an fp32 weighted sum per
+    token.
+    """
+
+    def __init__(self, hidden_size: int, moe: MoeConfig):
+        experts, width = moe.n_routed_experts, moe.moe_intermediate_size
+        self.gate_up_proj = weight(
+            (experts, 2, width, hidden_size), axes=("experts", None, "mlp", "embed")
+        )
+        self.down_proj = weight((experts, hidden_size, width), axes=("experts", "embed", "mlp"))
+
+    def __call__(
+        self,
+        x: Float[Array, "T D"],
+        weights: Float[Array, "T K"],
+        experts: Int[Array, "T K"],
+        *,
+        impl: str,
+    ) -> Float[Array, "T D"]:
+        """Weighted sum of each row's experts."""
+        tokens, per_token = experts.shape
+        flat = experts.reshape(-1)
+        order = jnp.argsort(flat, stable=True)
+        sizes = jnp.bincount(flat, length=self.down_proj[...].shape[0]).astype(jnp.int32)
+        hidden = swiglu(
+            grouped_matmul(x[order // per_token], self.gate_up_proj[...], sizes, impl=impl)
+        )
+        out_md = grouped_matmul(hidden, self.down_proj[...], sizes, impl=impl)
+        back = jnp.argsort(order)  # where each (token, k) went
+        out_tkd = out_md[back].reshape(tokens, per_token, -1).astype(jnp.float32)
+        return jnp.einsum(
+            "tkd,tk->td", out_tkd, weights.astype(jnp.float32), precision="highest"
+        ).astype(x.dtype)
+
+
+class Moe(Module):
+    """Routed plus shared experts; the shared ones are one wide MLP, added without gate or
+    scaling.
+    """
+
+    def __init__(self, hidden_size: int, moe: MoeConfig):
+        self.gate = Gate(hidden_size, moe)
+        self.experts = Experts(hidden_size, moe)
+        self.shared_experts = (
+            SwiGlu(hidden_size, moe.n_shared_experts * moe.moe_intermediate_size)
+            if moe.n_shared_experts
+            else None
+        )
+
+    def __call__(
+        self, x: Float[Array, "T D"], *, impl: str
+    ) -> tuple[Float[Array, "T D"], Int[Array, "T K"]]:
+        """Returns the output and the chosen experts, int32 [T, K]."""
+        with jax.named_scope("gate"):
+            weights, experts = self.gate(x, impl=impl)
+        with jax.named_scope("experts"):
+            out = self.experts(x, weights, experts, impl=impl)
+        if self.shared_experts is not None:
+            with jax.named_scope("shared_experts"):
+                out = out + self.shared_experts(x, impl=impl)
+        return out, experts

@@ -1,0 +1,94 @@
+"""Which implementation of an op runs: a named one, or the first that can.
+
+Every op is a folder with the same parts; its `api` lists its implementations in order of preference
+and asks `choose`. The choice depends on static facts only (shapes, dtypes, device), so it is made
+while tracing and costs nothing at run time.
+"""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+
+Impl = Literal["auto", "reference", "xla"]
+"""Names a user may pass as `impl`. `reference` is the meaning of an op in fp32; `xla` is plain JAX
+in the compute dtype.
+"""
+
+_log = logging.getLogger(__name__)
+
+
+def on_gpu_only(*_: Any, **__: Any) -> str | None:
+    """`supports` of implementations that `auto` should take on GPUs; on a CPU the reference is
+    preferred.
+    """
+    return None if jax.default_backend() == "gpu" else "auto uses the reference on a CPU"
+
+
+def anywhere(*_: Any, **__: Any) -> str | None:
+    """`supports` of implementations without restrictions."""
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """One way to run an op.
+
+    Attributes:
+        name: what a user passes as `impl`.
+        run: the function, with the op's own arguments.
+        auto: called with the op's arguments; returns None when `auto` may take this one, or the
+            reason why not.
+        supports: likewise for an explicit request; a reason makes the request an error.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    auto: Callable[..., str | None] = anywhere
+    supports: Callable[..., str | None] = anywhere
+
+
+def choose(
+    op: str, impl: str, known: Sequence[Implementation], *args: Any, **kwargs: Any
+) -> Callable[..., Any]:
+    """Picks the implementation of `op` for these arguments.
+
+    Args:
+        op: name of the op, for messages.
+        impl: "auto" or the name of one of `known`.
+        known: implementations in order of preference.
+        *args: the op's arguments, handed to `auto` and `supports`.
+        **kwargs: likewise.
+
+    Raises:
+        ValueError: `impl` is no implementation of this op; the message lists those that are.
+        NotImplementedError: the named implementation cannot run here, or none can; the message
+            gives the reasons.
+    """
+    if impl != "auto":
+        for candidate in known:
+            if candidate.name == impl:
+                reason = candidate.supports(*args, **kwargs)
+                if reason is not None:
+                    raise NotImplementedError(f"{op}: impl={impl!r} cannot run here: {reason}")
+                return candidate.run
+        raise ValueError(
+            f"{op}: impl={impl!r} is unknown; choose one of auto, "
+            f"{', '.join(c.name for c in known)}"
+        )
+    refusals = []
+    for candidate in known:
+        reason = candidate.supports(*args, **kwargs) or candidate.auto(*args, **kwargs)
+        if reason is None:
+            _log_once(op, candidate.name, "; ".join(refusals))
+            return candidate.run
+        refusals.append(f"{candidate.name}: {reason}")
+    raise NotImplementedError(f"{op}: no implementation can run here ({'; '.join(refusals)})")
+
+
+@functools.cache
+def _log_once(op: str, name: str, refusals: str) -> None:
+    _log.info("%s: auto chose %s%s", op, name, f" ({refusals})" if refusals else "")

@@ -1,0 +1,82 @@
+"""Where the tests run, what is checked while they run, and which of them are left out.
+
+By default: 8 simulated CPU devices. With `DSKJAX_TEST_PLATFORM=gpu`: the machine's GPUs, from one
+process, and the tests marked `gpu(count)` run too (`-m gpu`: only those). `--full` adds the tests
+marked `full`.
+"""
+
+import os
+import time
+
+import hypothesis
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+PLATFORM = os.environ.get("DSKJAX_TEST_PLATFORM", "cpu")
+if PLATFORM not in ("cpu", "gpu"):
+    raise pytest.UsageError(f"DSKJAX_TEST_PLATFORM={PLATFORM!r} must be cpu or gpu")
+
+# Both must be set before anything asks JAX for a device, so no import of ours may do that.
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_platforms", "cpu" if PLATFORM == "cpu" else "cuda,cpu")
+
+# No persistent compilation cache: a stale or foreign entry would make a test pass or fail for
+# reasons that are not in the tree.
+
+# Compiling makes a first example slow, and the same tree must give the same result every time.
+hypothesis.settings.register_profile("dskjax", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("dskjax")
+
+# From here on every annotated function of the four packages checks shapes and types when called.
+install_import_hook(["dskjax", "pallas_kernels", "train_mtp", "serve"], "beartype.beartype")
+
+_STARTED = pytest.StashKey[float]()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="also run the tests marked `full`")
+
+
+def pytest_configure(config):
+    if PLATFORM == "gpu" and getattr(config.option, "numprocesses", None):
+        raise pytest.UsageError("a GPU run is one process, which takes all GPU memory: pass -n 0")
+
+
+def pytest_collection_modifyitems(config, items):
+    gpus = _count_gpus() if PLATFORM == "gpu" else 0
+    for item in items:
+        if item.get_closest_marker("full") and not config.getoption("--full"):
+            item.add_marker(pytest.mark.skip(reason="slow or large: runs with --full"))
+        if marker := item.get_closest_marker("gpu"):
+            needed = _gpus_wanted(*marker.args, **marker.kwargs)
+            if PLATFORM == "cpu":
+                reason = "needs a GPU: runs with DSKJAX_TEST_PLATFORM=gpu"
+                item.add_marker(pytest.mark.skip(reason=reason))
+            elif needed > gpus:
+                reason = f"needs {needed} GPUs, found {gpus}"
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_sessionstart(session):
+    session.config.stash[_STARTED] = time.time()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    now = time.time()
+    tests = now - config.stash[_STARTED]
+    line = f"{PLATFORM}: tests took {tests:.0f} s"
+    if started := os.environ.get("DSKJAX_TEST_STARTED"):
+        line += f"; with set-up, lint and types {now - float(started):.0f} s"
+    terminalreporter.write_line(line)
+
+
+def _gpus_wanted(count=1):
+    return count
+
+
+def _count_gpus():
+    try:
+        return len(jax.devices("gpu"))
+    except RuntimeError as error:
+        raise pytest.UsageError("DSKJAX_TEST_PLATFORM=gpu, but JAX finds no GPU") from error

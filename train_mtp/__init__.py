@@ -1,0 +1,1 @@
+"""Training: pre-training of small models and of multi-token-prediction (MTP) modules."""
