@@ -1,1 +1,35 @@
-"""DeepSeek-V3-family models in JAX: parameters, forward pass, decoding, checkpoints."""
+"""dskjax: DeepSeek-V3 family models in JAX, as pure functions, with MTP speculation.
+
+import dskjax
+params, cfg = dskjax.load("examples/tiny-deepseek", dtype="float32")
+logits = dskjax.apply(params, tokens, cfg=cfg)          # whole sequences, differentiable
+result = dskjax.generate(params, cfg, [ids], max_tokens=32, drafts=2)
+"""
+
+from dskjax.batch import RaggedBatch
+from dskjax.cache import init_cache
+from dskjax.checkpoint.hf import load_hf as load
+from dskjax.checkpoint.hf import save_hf as save
+from dskjax.config import ModelConfig
+from dskjax.decode import generate
+from dskjax.model import apply, forward, forward_mtp, head, init, mtp_chain, trunk
+from dskjax.presets import preset
+from dskjax.tokenizer import Tokenizer
+
+__all__ = [
+    "ModelConfig",
+    "RaggedBatch",
+    "Tokenizer",
+    "apply",
+    "forward",
+    "forward_mtp",
+    "generate",
+    "head",
+    "init",
+    "init_cache",
+    "load",
+    "mtp_chain",
+    "preset",
+    "save",
+    "trunk",
+]

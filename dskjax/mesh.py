@@ -6,6 +6,7 @@ default has changed before.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -26,7 +27,7 @@ _RULES = {
 
 
 def make_mesh(
-    *, dp: int = 1, ep: int = 1, tp: int = 1, devices: Sequence[jax.Device] | None = None
+    *, dp: int = 1, ep: int = 1, tp: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:
     """A mesh with axes dp (data), ep (experts) and tp (tensor).
 

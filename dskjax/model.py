@@ -331,7 +331,7 @@ def forward_mtp(
     hidden: Float[Array, "T D"],
     *,
     cfg: ModelConfig,
-    module: int,
+    module: Int[Array, ""] | int,
     impl: str = "auto",
 ) -> tuple[Float[Array, "T D"], LatentCache]:
     """Runs one MTP module over the paged cache, in its own layer of the pool.

@@ -93,7 +93,9 @@ Weight = jax.Array | QTensor
 
 
 def _scale_of(amax: jax.Array, limit: float, ue8m0: bool) -> jax.Array:
-    scale = jnp.where(amax > 0, amax / limit, 1.0)
+    scale = amax / limit
+    # Not amax > 0: a quotient below 2^-126 is flushed to 0, and 0 / 0 is NaN.
+    scale = jnp.where(scale > 0, scale, 1.0)
     if not ue8m0:
         return scale
     # 2^ceil(log2 s) from the exponent bits: log2 is off by one near powers of two.
@@ -125,7 +127,8 @@ def quantise(x: Float[Array, "... n k"], recipe: Recipe) -> QTensor:
         recipe: format, block and scale rounding.
 
     Returns:
-        A QTensor with fp32 scales. A block of zeros has scale 1 (or `floor`'s) and zero values.
+        A QTensor with fp32 scales. A block of zeros, or of values too small for a normal
+        scale, has scale 1 (or `floor`'s) and zero values.
 
     Raises:
         ValueError: int4 with an odd K.

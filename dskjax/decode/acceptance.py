@@ -23,8 +23,8 @@ outside [0, X)). Such a draft is never accepted and its residual is p, so the ro
 exactly as if m were smaller. `strict` compares tokens only, so there whatever stands in the slot is
 a draft like any other.
 
-Sources: `strict` is plain sampling; `rejection` is Leviathan et al. 2023 (arXiv 2211.17192) and Chen
-et al. 2023 (arXiv 2302.01318); `block` is Sun et al., block verification (arXiv 2403.10444).
+Sources: `strict` is plain sampling; `rejection` is Leviathan et al. 2023 (arXiv 2211.17192) and
+Chen et al. 2023 (arXiv 2302.01318); `block` is Sun et al., block verification (arXiv 2403.10444).
 """
 
 import dataclasses

@@ -206,7 +206,7 @@ def random_case(seed: int, family: str) -> Case:
         "topk_group": kept,
         "norm_topk_prob": v3 and pick(True, True, False),
         "routed_scaling_factor": pick(1.0, 1.5, 2.446, 2.5),
-        "first_k_dense_replace": int(rng.integers(0, layers + 1)),
+        "first_k_dense_replace": pick(0, 1, 1, layers, int(rng.integers(0, layers))),
         "rms_norm_eps": pick(1e-6, 1e-6, 1e-5),
         "max_position_embeddings": 4096,
     }
@@ -230,5 +230,5 @@ def random_case(seed: int, family: str) -> Case:
         prompt_len=pick(1, 5, 12),
         new_tokens=pick(8, 24),
         bias=pick((-0.1, 0.1), (-0.6, 0.1)),
-        gain={"embed_tokens": pick(0.1, 1.0), "kv_a_proj": pick(0.2, 1.0)},
+        gain={"embed_tokens": pick(0.3, 1.0), "kv_a_proj": pick(0.2, 1.0), "down_proj": 0.5},
     )

@@ -80,7 +80,7 @@ def draw_weights(case: Case, cfg: Config, rng: np.random.Generator) -> dict[str,
         out[name] = w.astype(np.float32)
     for name in out:  # MTP modules carry physical copies of the trunk's embedding and head
         if name.startswith("model.layers.") and name.endswith("embed_tokens.weight"):
-            out[name] = out["model.embed_tokens.weight"]
+            out[name] = out["model.embed_tokens.weight"].copy()
         if name.endswith("shared_head.head.weight"):
-            out[name] = out["lm_head.weight"]
+            out[name] = out["lm_head.weight"].copy()
     return out

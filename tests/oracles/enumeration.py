@@ -71,7 +71,7 @@ class Rows:
     q: np.ndarray  # [N, m, V]
 
     def gather(self, tables: Tables, slots: int) -> np.ndarray:
-        """Laws of the first slots, each after the prefix and the drafts before it, [N, slots, V]."""
+        """Laws of the first slots, each after the prefix and earlier drafts, [N, slots, V]."""
         vocab = tables[0].shape[-1]
         out = np.zeros((len(self.start), slots, vocab))
         code = self.context.copy()

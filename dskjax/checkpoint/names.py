@@ -1,0 +1,174 @@
+"""Hugging Face tensor names <-> places in our params, derived from the declared weights.
+
+    model.layers.{i}.mlp.experts.{e}.up_proj.weight
+    <->  moe_layers.mlp.experts.gate_up_proj[i - first_k_dense_replace, e, 1]
+
+Our leaves are stacked over layers, experts and (gate, up); a checkpoint has one tensor for each
+entry of those axes. MTP module k is layer `num_hidden_layers + k` there, with names of its own.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Container, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from dskjax.config import ModelConfig
+from dskjax.layers.rope import half_split_order
+from dskjax.model import param_specs
+from dskjax.params import Params, WeightSpec, named_leaves
+
+EMBEDDING = "model.embed_tokens.weight"
+"""The tensor whose dtype is that of the checkpoint."""
+
+_TOP = {
+    "embed_tokens.weight": EMBEDDING,
+    "norm.weight": "model.norm.weight",
+    "lm_head.weight": "lm_head.weight",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """One tensor of a checkpoint and the part of a leaf it fills.
+
+    Attributes:
+        name: the tensor's name in the checkpoint.
+        leaf: dotted name of the leaf.
+        index: leading indices into the leaf (layer, expert, gate or up); the rest is the tensor.
+        shape: shape in the checkpoint; that of the part, or the same values with axes merged.
+    """
+
+    name: str
+    leaf: str
+    index: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+def slots(cfg: ModelConfig, stored: Container[str] = ()) -> dict[str, list[Slot]]:
+    """Every tensor of a model, by the leaf it belongs to; the slots of a leaf cover it.
+
+    Args:
+        cfg: the model.
+        stored: names that a checkpoint holds. Where it has the fused experts of transformers 5
+            (`mlp.experts.gate_up_proj` [E, 2F, D], `mlp.experts.down_proj` [E, D, F]), they take
+            the place of the per-expert tensors, layer by layer.
+    """
+    return {
+        leaf: list(_leaf_slots(leaf, spec, cfg, stored))
+        for leaf, spec in named_leaves(param_specs(cfg))
+    }
+
+
+def _leaf_slots(
+    leaf: str, spec: WeightSpec, cfg: ModelConfig, stored: Container[str]
+) -> Iterator[Slot]:
+    if leaf in _TOP:
+        yield Slot(_TOP[leaf], leaf, (), spec.shape)
+        return
+    group, _, rest = leaf.partition(".")
+    first = {
+        "dense_layers": 0,
+        "moe_layers": cfg.num_dense_layers,
+        "mtp_layers": cfg.num_hidden_layers,
+    }[group]
+    if group == "mtp_layers":
+        rest = rest.removeprefix("block.") if rest.startswith("block.") else _mtp_name(rest)
+    shape = spec.shape[1:]
+    for layer in range(spec.shape[0]):
+        name = f"model.layers.{first + layer}.{rest}"
+        yield from _layer_slots(name, leaf, (layer,), shape, stored)
+
+
+def _mtp_name(rest: str) -> str:
+    return "shared_head.norm.weight" if rest == "norm.weight" else rest
+
+
+def _layer_slots(
+    name: str, leaf: str, index: tuple[int, ...], shape: tuple[int, ...], stored: Container[str]
+) -> Iterator[Slot]:
+    parent, _, own = name.rpartition(".")
+    if parent.endswith(".experts"):
+        if name in stored:
+            merged = (shape[0], shape[1] * shape[2], *shape[3:]) if len(shape) == 4 else shape
+            yield Slot(name, leaf, index, merged)
+            return
+        for expert in range(shape[0]):
+            part = f"{parent}.{expert}.{own}"
+            # one expert is a SwiGLU like any other
+            yield from _layer_slots(part, leaf, (*index, expert), shape[1:], ())
+    elif own == "gate_up_proj":
+        for half, gate_or_up in enumerate(("gate", "up")):
+            yield Slot(f"{parent}.{gate_or_up}_proj.weight", leaf, (*index, half), shape[1:])
+    else:
+        bare = own not in ("weight", "e_score_correction_bias")
+        yield Slot(f"{name}.weight" if bare else name, leaf, index, shape)
+
+
+def layer_prefix(layer: int) -> str:
+    """What the names of a layer's tensors start with; MTP modules follow the trunk's layers."""
+    return f"model.layers.{layer}."
+
+
+def layer_of(name: str) -> int:
+    """Sorting key that puts a checkpoint's tensors in the order the model uses them."""
+    if name.startswith("model.layers."):
+        return int(name.split(".")[2])
+    return -1 if name == EMBEDDING else sys.maxsize
+
+
+def mtp_prefixes(cfg: ModelConfig) -> tuple[str, ...]:
+    """The prefixes of all MTP modules that the config declares."""
+    first = cfg.num_hidden_layers
+    return tuple(layer_prefix(first + k) for k in range(cfg.mtp.num_nextn_predict_layers))
+
+
+def aliases(cfg: ModelConfig) -> dict[str, Slot]:
+    """Tensors that repeat another one, with the slot they repeat.
+
+    Each MTP module has a copy of the embedding and of the head; a tied model may have a head.
+    """
+    shape = (cfg.vocab_size, cfg.hidden_size)
+    embed = head = Slot(EMBEDDING, "embed_tokens.weight", (), shape)
+    out = {}
+    if cfg.tie_word_embeddings:
+        out["lm_head.weight"] = embed
+    else:
+        head = Slot("lm_head.weight", "lm_head.weight", (), shape)
+    for prefix in mtp_prefixes(cfg):
+        out[prefix + "embed_tokens.weight"] = embed
+        out[prefix + "shared_head.head.weight"] = head
+    return out
+
+
+def row_order(leaf: str, cfg: ModelConfig) -> np.ndarray | None:
+    """Which stored row each of our rows is, for leaves with rotary rows stored interleaved.
+
+    Rotary rows are the last `qk_rope_head_dim` of each query head, and of `kv_a_proj_with_mqa`.
+    None: all rows stay where they are.
+    """
+    own = leaf.rpartition(".")[2]
+    if not cfg.rope.rope_interleave:
+        return None
+    if own in ("q_proj", "q_b_proj"):
+        heads, keep = cfg.num_attention_heads, cfg.mla.qk_nope_head_dim
+    elif own == "kv_a_proj_with_mqa":
+        heads, keep = 1, cfg.mla.kv_lora_rank
+    else:
+        return None
+    rope = half_split_order(cfg.mla.qk_rope_head_dim)
+    head = np.concatenate([np.arange(keep), keep + rope])
+    return (np.arange(heads)[:, None] * len(head) + head).reshape(-1)
+
+
+def tree_of(leaves: Mapping[str, Any]) -> Params:
+    """The nested dict with these leaves, keyed by dotted name."""
+    tree: Params = {}
+    for leaf, value in leaves.items():
+        *parents, own = leaf.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[own] = value
+    return tree

@@ -1,0 +1,214 @@
+"""The command line: the one place that may import every package, each lazily inside its command."""
+
+import enum
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="DeepSeek-V3 family models in JAX: inspect, compare, pre-train, generate with MTP drafts.",
+)
+_err = Console(stderr=True)
+
+
+class Dtype(enum.StrEnum):
+    """Compute dtypes."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class RuleName(enum.StrEnum):
+    """Acceptance rules; auto is strict for greedy decoding and rejection otherwise."""
+
+    auto = "auto"
+    strict = "strict"
+    rejection = "rejection"
+    block = "block"
+
+
+ModelDir = Annotated[Path, typer.Argument(help="Checkpoint folder: config.json and safetensors.")]
+DtypeOption = Annotated[
+    Dtype | None, typer.Option(help="Compute dtype. Default: float32 on a CPU, bfloat16 on a GPU.")
+]
+ImplOption = Annotated[
+    str, typer.Option(help="Implementation of every op: auto, reference or xla.")
+]
+
+
+@app.command()
+def info(model: Annotated[str, typer.Argument(help="A preset, or a checkpoint folder.")]) -> None:
+    """Parameter counts, memory and cache size of a model."""
+    from dskjax.checkpoint.hf import load_config
+    from dskjax.commands.info import describe
+    from dskjax.presets import PRESETS, preset
+
+    if model not in PRESETS and not Path(model).exists():
+        raise ValueError(
+            f"{model!r} is neither a folder nor a preset; presets: {', '.join(PRESETS)}"
+        )
+    cfg = preset(model) if model in PRESETS else load_config(model)
+    table = Table(title=model, show_header=False)
+    for what, value in describe(cfg):
+        table.add_row(what, value)
+    Console().print(table)
+
+
+@app.command()
+def logits(
+    model: ModelDir,
+    ids: Annotated[Path, typer.Option(help="Integer ids [B, T], .npy.")],
+    out: Annotated[Path, typer.Option(help="Where to write fp32 logits [B, T, V], .npy.")],
+    dtype: DtypeOption = None,
+    mtp_depth: Annotated[int, typer.Option(help="Logits of this MTP depth, [B, T-K, V].")] = 0,
+    hidden: Annotated[
+        Path | None, typer.Option(help="Also write hidden states and chosen experts, .npz.")
+    ] = None,
+    impl: ImplOption = "auto",
+) -> None:
+    """Logits of given ids, for comparing implementations."""
+    from dskjax.commands.ids import load_ids, save_atomically
+    from dskjax.commands.logits import compute
+
+    params, cfg = _load(model, dtype)
+    tokens = load_ids(ids, cfg)
+    values, states = compute(
+        params, cfg, tokens, mtp_depth=mtp_depth, hidden=hidden is not None, impl=impl
+    )
+    save_atomically(out, values)
+    if hidden is not None:
+        save_atomically(hidden, states)
+    _err.print(f"wrote logits {list(values.shape)} to {out}", soft_wrap=True)
+
+
+@app.command()
+def generate(
+    model: ModelDir,
+    prompt: Annotated[str | None, typer.Option(help="Text to continue (bos is put first).")] = None,
+    chat: Annotated[
+        str | None, typer.Option(help="A user's message; the chat template is applied.")
+    ] = None,
+    ids: Annotated[
+        Path | None, typer.Option(help="Equal-length prompts, int ids [B, P], .npy.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most new tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
+    min_p: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
+    speculate: Annotated[
+        int, typer.Option(help="Tokens drafted a step by the MTP modules; 0 is off.")
+    ] = 0,
+    rule: Annotated[RuleName, typer.Option(help="Acceptance rule of speculation.")] = RuleName.auto,
+    thinking: Annotated[bool, typer.Option(help="With --chat: let the model think first.")] = False,
+    ignore_eos: Annotated[bool, typer.Option(help="Never stop at an eos.")] = False,
+    out_ids: Annotated[
+        Path | None, typer.Option(help="With --ids: write new ids [B, N], .npy.")
+    ] = None,
+    dtype: DtypeOption = None,
+    impl: ImplOption = "auto",
+) -> None:
+    """Continue a text, a chat or rows of ids; text streams to stdout, figures go to stderr."""
+    from dskjax.commands import generate as command
+    from dskjax.commands.ids import load_ids, save_atomically
+    from dskjax.decode import SamplingParams
+    from dskjax.tokenizer import Tokenizer
+
+    if sum(x is not None for x in (prompt, chat, ids)) != 1:
+        raise ValueError("give exactly one of --prompt, --chat and --ids")
+    if out_ids is not None and ids is None:
+        raise ValueError("--out-ids needs --ids")
+    params, cfg = _load(model, dtype)
+    name = ("strict" if temperature == 0 else "rejection") if rule is RuleName.auto else rule.value
+    options: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "drafts": speculate,
+        "rule": name,
+        "ignore_eos": ignore_eos,
+        "impl": impl,
+    }
+
+    def sampling(rows: int) -> SamplingParams:
+        # Rows of one call differ in seed, or equal prompts would give equal samples.
+        seeds = [(seed + row) % 2**32 for row in range(rows)]
+        return SamplingParams.make(
+            rows, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seeds
+        )
+
+    if ids is not None:
+        tokens = load_ids(ids, cfg)
+        rows, result = command.continue_rows(
+            params, cfg, tokens, sampling=sampling(len(tokens)), **options
+        )
+        if out_ids is not None:
+            save_atomically(out_ids, rows)
+        else:
+            for row in result.tokens:
+                print(*row)
+    else:
+        tokenizer = Tokenizer.load(model)
+        if chat is not None:
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": chat}], thinking=thinking, add_generation_prompt=True
+            )
+            start = tokenizer.encode(text, bos=False)
+        else:
+            assert prompt is not None
+            start = tokenizer.encode(prompt, bos=True)
+        result = command.continue_text(
+            params, cfg, tokenizer, start, _write, sampling=sampling(1), **options
+        )
+        print()
+    _err.print(command.summary(result, speculate), soft_wrap=True, highlight=False)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _load(path: Path, dtype: Dtype | None) -> tuple[Any, Any]:
+    import jax
+
+    from dskjax.checkpoint.hf import load_hf
+
+    if dtype is None:
+        dtype = Dtype.float32 if jax.default_backend() == "cpu" else Dtype.bfloat16
+    if dtype is Dtype.float32:
+        # A GPU multiplies fp32 in tf32 unless told otherwise.
+        jax.config.update("jax_default_matmul_precision", "highest")
+    return load_hf(path, dtype=dtype.value, progress=_err.is_terminal)
+
+
+@app.callback()
+def _main(
+    cpu_devices: Annotated[
+        int, typer.Option(help="Simulate this many devices on the CPU; 0 uses what is there.")
+    ] = 0,
+) -> None:
+    import jax
+
+    if cpu_devices < 0:
+        raise ValueError(f"--cpu-devices {cpu_devices} must be 0 or more")
+    if cpu_devices:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", cpu_devices)
+
+
+def main() -> NoReturn:
+    """Entry point: a user's mistake ends with one line and exit code 2, a defect with a
+    traceback.
+    """
+    try:
+        app(standalone_mode=True)
+    except (ValueError, NotImplementedError, FileNotFoundError) as error:
+        _err.print(f"error: {error}", style="red", soft_wrap=True, highlight=False, markup=False)
+        raise SystemExit(2) from error
+    raise SystemExit(0)

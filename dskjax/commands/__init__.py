@@ -1,0 +1,1 @@
+"""What the commands of `dskjax.cli` do, as functions without a terminal's options."""

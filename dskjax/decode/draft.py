@@ -1,0 +1,235 @@
+"""Drafting with MTP modules over the paged cache.
+
+Two schemes, one interface. Positions count from 0; t[0..N] are the known tokens of a sequence,
+H[0..N-1] the trunk's hidden states after its final norm, and anchor i is the row a hidden state
+came from.
+
+    chain (A)      K independent modules. Depth k at anchor i takes (h^{k-1}[i], t[i+k]), h^0 = H,
+    and has a cache of its
+                   own. Anchor N-1 gives draft k at depth k. A row is final once t[i+k] is known;
+                   rows that looked at drafts are computed again, which is why the last K-1 hidden
+                   states and tokens are kept from step to step.
+    recycled (C)   one module. Depth 1 runs over all newly known pairs (H[i], t[i+1]), overwriting
+    what the last round of
+                   drafting wrote there; after that the module eats its own output, one row per
+                   draft, at the next slot.
+
+Rows of a wrong draft stay in the cache beyond the sequence's length, where nothing reads them,
+until they are overwritten.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dskjax.batch import RaggedBatch
+from dskjax.config import ModelConfig, MtpScheme
+from dskjax.decode.sampling import SamplingParams, distribution, sample
+from dskjax.model import forward_mtp, head
+from dskjax.params import Params
+from pallas_kernels import LatentCache
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DraftSpec:
+    """How many tokens are drafted a step, and how. Static: each value compiles its own step.
+
+    Attributes:
+        scheme: "chain" or "recycled".
+        drafts: m, tokens drafted a step; 0 turns speculation off.
+        sampled: draw drafts from the module's tempered distribution, which the acceptance rule then
+            needs; otherwise take the argmax.
+    """
+
+    scheme: MtpScheme
+    drafts: int
+    sampled: bool
+
+    @classmethod
+    def make(cls, cfg: ModelConfig, drafts: int, *, sampled: bool) -> "DraftSpec":
+        """Checks `drafts` against the model's MTP modules.
+
+        Raises:
+            ValueError: drafts are asked of a model without modules, or more than a chain has.
+        """
+        modules = cfg.mtp.num_nextn_predict_layers
+        if drafts < 0:
+            raise ValueError(f"{drafts=} must be 0 (no speculation) or more")
+        if drafts and not modules:
+            raise ValueError(
+                f"{drafts=} but this checkpoint has no MTP modules (num_nextn_predict_layers=0); "
+                "use 0 drafts"
+            )
+        limit = cfg.mtp.max_drafts
+        if limit is not None and drafts > limit:
+            raise ValueError(
+                f"{drafts=} but this checkpoint chains {modules} MTP modules "
+                f"(num_nextn_predict_layers={modules}): "
+                f"use at most {modules}"
+            )
+        return cls(scheme=cfg.mtp.scheme, drafts=drafts, sampled=sampled)
+
+    @property
+    def depths(self) -> int:
+        """Modules that run over known tokens: all of a chain that are used, one when recycled, none
+        without drafts.
+        """
+        return self.drafts if self.scheme == "chain" else min(self.drafts, 1)
+
+    @property
+    def tail(self) -> int:
+        """Rows a sequence carries from step to step because a chain must compute them again."""
+        return max(self.depths - 1, 0)
+
+
+class Window(NamedTuple):
+    """Consecutive anchors of each sequence that drafting has to (re)compute.
+
+    Attributes:
+        hidden: [B, R, D], trunk hidden states after the final norm.
+        tokens: i32 [B, R], the token after each anchor.
+        last: i32 [B], row of the newest anchor whose following token is known (N - 1); later rows
+            mean nothing.
+        end: i32 [B], position after the last row: the window covers [end - R, end); 0 for an idle
+            sequence.
+    """
+
+    hidden: Float[Array, "B R D"]
+    tokens: Int[Array, "B R"]
+    last: Int[Array, " B"]
+    end: Int[Array, " B"]
+
+
+class Drafts(NamedTuple):
+    """i32 [B, m] draft tokens, and the distributions they were drawn from, fp32 [B, m, X] (None for
+    argmax drafts).
+    """
+
+    tokens: Int[Array, "B m"]
+    probs: Float[Array, "B m X"] | None
+
+
+def no_drafts(batch: int, cfg: ModelConfig, spec: DraftSpec) -> Drafts:
+    """Drafts that no rule accepts: token -1 with probability 0."""
+    tokens = jnp.full((batch, spec.drafts), -1, jnp.int32)
+    return Drafts(
+        tokens,
+        jnp.zeros((batch, spec.drafts, cfg.vocab_size), jnp.float32) if spec.sampled else None,
+    )
+
+
+def extend(
+    params: Params,
+    cache: LatentCache,
+    batch: RaggedBatch,
+    following: Int[Array, "T K"],
+    hidden: Float[Array, "T D"],
+    *,
+    cfg: ModelConfig,
+    spec: DraftSpec,
+    impl: str,
+) -> LatentCache:
+    """Fills the modules' cache for prompt rows whose following tokens are known.
+
+    Args:
+        params: params with `mtp_layers`.
+        cache: the pool.
+        batch: the rows just run through the trunk (its token ids are not used).
+        following: i32 [T, depths], token k+1 places after each row; where it lies beyond the prompt
+            any id will do, those rows are computed again by `propose`.
+        hidden: trunk hidden states of the rows.
+        cfg: the model.
+        spec: scheme and number of drafts.
+        impl: implementation of every op.
+    """
+    for k in range(spec.depths):
+        shifted = dataclasses.replace(batch, token_ids=following[:, k])
+        hidden, cache = forward_mtp(params, cache, shifted, hidden, cfg=cfg, module=k, impl=impl)
+    return cache
+
+
+def propose(
+    params: Params,
+    cache: LatentCache,
+    page_table: Int[Array, "B W"],
+    window: Window,
+    sampling: SamplingParams,
+    u_draft: Float[Array, "B m"],
+    *,
+    cfg: ModelConfig,
+    spec: DraftSpec,
+    impl: str,
+) -> tuple[Drafts, LatentCache]:
+    """Drafts the next m tokens of each sequence and brings the modules' cache up to date.
+
+    Args:
+        params: params with `mtp_layers`.
+        cache: the pool.
+        page_table: pages of each sequence.
+        window: rows to compute; must start at or before the first anchor whose rows are not final
+            (`spec.tail` rows back).
+        sampling: how drafts are drawn if `spec.sampled`.
+        u_draft: uniforms for drawing them.
+        cfg: the model.
+        spec: scheme and number of drafts.
+        impl: implementation of every op.
+
+    Returns:
+        The drafts (`no_drafts` for sequences without a single anchor) and the cache.
+    """
+    batch, rows, width = window.hidden.shape
+    nothing = no_drafts(batch, cfg, spec)
+    if not spec.drafts:
+        return nothing, cache
+    sequence = jnp.arange(batch)
+    known = window.end - rows + window.last + 1  # N: position of the newest known token
+
+    def pick(row_hidden: jax.Array, u: jax.Array) -> Drafts:
+        logits = head(params, row_hidden, cfg=cfg)
+        if not spec.sampled:
+            return Drafts(jnp.argmax(logits, axis=-1).astype(jnp.int32), None)
+        probs = distribution(logits, sampling)
+        return Drafts(sample(probs, u), probs)
+
+    def depth(carry: Any, xs: tuple[jax.Array, jax.Array]) -> tuple[Any, Drafts]:
+        hidden, tokens, pool = carry
+        k, u = xs
+        shifted = jax.lax.dynamic_slice_in_dim(tokens, k, rows, axis=1)
+        part = RaggedBatch.uniform(shifted, page_table, window.end, "absorbed")
+        hidden, pool = forward_mtp(params, pool, part, hidden, cfg=cfg, module=k, impl=impl)
+        draft = pick(hidden.reshape(batch, rows, width)[sequence, window.last], u)
+        return (hidden, tokens.at[sequence, window.last + k + 1].set(draft.tokens), pool), draft
+
+    def recycle(carry: Any, xs: tuple[jax.Array, jax.Array]) -> tuple[Any, Drafts]:
+        newest, token, pool = carry
+        j, u = xs
+        lens = jnp.where(window.end > 0, known + j, 0)
+        part = RaggedBatch.uniform(token[:, None], page_table, lens, "absorbed")
+        newest, pool = forward_mtp(params, pool, part, newest, cfg=cfg, module=0, impl=impl)
+        draft = pick(newest, u)
+        return (newest, draft.tokens, pool), draft
+
+    steps = jnp.arange(spec.drafts, dtype=jnp.int32)
+    split = spec.depths
+    tokens = jnp.pad(window.tokens, ((0, 0), (0, split)))
+    carry = (window.hidden.reshape(-1, width), tokens, cache)
+    with jax.named_scope("mtp/depths"):
+        (hidden, _, cache), picked = jax.lax.scan(
+            depth, carry, (steps[:split], u_draft.T[:split]), unroll=split == 1
+        )
+    if split < spec.drafts:
+        newest = hidden.reshape(batch, rows, width)[sequence, window.last]
+        carry = (newest, picked.tokens[-1], cache)
+        with jax.named_scope("mtp/recycle"):
+            (_, _, cache), more = jax.lax.scan(recycle, carry, (steps[split:], u_draft.T[split:]))
+        picked = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), picked, more)
+    drafts = jax.tree.map(lambda x: x.swapaxes(0, 1), picked)
+    has_anchor = (window.end > 0) & (known > 0)
+
+    def keep(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(has_anchor.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+
+    return jax.tree.map(keep, drafts, nothing), cache

@@ -1,0 +1,245 @@
+"""The offline loop: prompts in, tokens out, over the paged cache with or without speculation.
+
+The host stays one step behind the device: it reads a step's tokens while the next one already runs,
+so at most one step is wasted after the last sequence ends. Sampled tokens never leave the device on
+their way to the next step.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dskjax.batch import RaggedBatch
+from dskjax.cache import init_cache
+from dskjax.config import ModelConfig
+from dskjax.decode.acceptance import Rule
+from dskjax.decode.sampling import SamplingParams
+from dskjax.decode.stats import AcceptanceStats
+from dskjax.decode.step import DecodeConfig, DecodeState, StepOutput, decode_step, prefill, start
+from dskjax.params import Params
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclasses.dataclass
+class Generation:
+    """Result of `generate`.
+
+    Attributes:
+        tokens: new ids of each prompt; an eos that ended it is the last of them.
+        finish_reasons: "stop" (eos) or "length".
+        stats: acceptance, counted over all prompts.
+        ties: greedy choices whose two best logits were closer than `dskjax.decode.step.TIE_GAP`.
+        prefill_seconds: wall time of prefill and first drafts, compilation included.
+        decode_seconds: wall time of the decode loop, compilation included.
+    """
+
+    tokens: list[list[int]]
+    finish_reasons: list[FinishReason]
+    stats: AcceptanceStats
+    ties: int
+    prefill_seconds: float
+    decode_seconds: float
+
+
+class Programs(NamedTuple):
+    """The jitted functions of one (model, configuration); caches and states are donated."""
+
+    prefill: Callable
+    start: Callable
+    step: Callable
+
+
+@functools.cache
+def programs(cfg: ModelConfig, config: DecodeConfig) -> Programs:
+    """Jitted prefill, start and step; made once per model and configuration and shared by every
+    call.
+    """
+    spec, impl = config.spec, config.impl
+    return Programs(
+        jax.jit(functools.partial(prefill, cfg=cfg, spec=spec, impl=impl), donate_argnums=1),
+        jax.jit(functools.partial(start, cfg=cfg, config=config), donate_argnums=1),
+        jax.jit(functools.partial(decode_step, cfg=cfg, config=config), donate_argnums=1),
+    )
+
+
+def generate(
+    params: Params,
+    cfg: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    sampling: SamplingParams | None = None,
+    rule: Rule = "rejection",
+    drafts: int = 0,
+    ignore_eos: bool = False,
+    page_size: int = 64,
+    chunk: int = 512,
+    kv_dtype: str = "auto",
+    impl: str = "auto",
+    on_tokens: Callable[[int, list[int]], None] | None = None,
+) -> Generation:
+    """Continues every prompt by up to `max_tokens` tokens, all in one batch.
+
+    Args:
+        params: weights; their dtype is the compute dtype.
+        cfg: the model.
+        prompts: token ids of each prompt, any lengths.
+        max_tokens: most new tokens per prompt.
+        sampling: per-prompt parameters; greedy when None.
+        rule: acceptance rule.
+        drafts: tokens drafted a step by the MTP modules; 0 turns speculation off.
+        ignore_eos: never stop at an eos.
+        page_size: tokens a cache page.
+        chunk: most prompt tokens per sequence in one prefill call.
+        kv_dtype: see `dskjax.cache.init_cache`.
+        impl: implementation of every op.
+        on_tokens: called with (prompt index, new ids) as steps are read, for streaming.
+
+    Raises:
+        ValueError: no prompt, an empty prompt, an id outside the vocabulary, a length beyond
+            max_position_embeddings, or a draft count the checkpoint cannot serve.
+    """
+    _check(cfg, prompts, max_tokens)
+    config = DecodeConfig.make(
+        cfg, rule=rule, drafts=drafts, eos_ids=() if ignore_eos else None, impl=impl
+    )
+    sampling = sampling or SamplingParams.make(len(prompts), temperature=0.0)
+    result = Generation(
+        [[] for _ in prompts], ["length"] * len(prompts), AcceptanceStats(), 0, 0.0, 0.0
+    )
+    begun = time.perf_counter()
+    state = prefill_prompts(
+        params,
+        cfg,
+        prompts,
+        config,
+        sampling,
+        max_tokens=max_tokens,
+        page_size=page_size,
+        chunk=chunk,
+        kv_dtype=kv_dtype,
+    )
+    jax.block_until_ready(state.drafts.tokens)
+    result.prefill_seconds = time.perf_counter() - begun
+    begun = time.perf_counter()
+    step = programs(cfg, config).step
+    pending: StepOutput | None = None
+    running = len(prompts)
+    while running:
+        state, output = step(params, state)
+        if pending is not None:
+            running -= _read(pending, config, result, on_tokens)
+        pending = output
+    result.decode_seconds = time.perf_counter() - begun
+    return result
+
+
+def prefill_prompts(
+    params: Params,
+    cfg: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    config: DecodeConfig,
+    sampling: SamplingParams,
+    *,
+    max_tokens: int,
+    page_size: int,
+    chunk: int,
+    kv_dtype: str = "auto",
+) -> DecodeState:
+    """Allocates a cache that holds all prompts to their ends, prefills them together and drafts
+    once.
+    """
+    run, spec, batch = programs(cfg, config), config.spec, len(prompts)
+    lengths = np.array([len(p) - 1 for p in prompts], np.int32)
+    longest = int(lengths.max())
+    width = -(-(longest + 1 + max_tokens + spec.drafts) // page_size)
+    page_table = jnp.arange(batch * width, dtype=jnp.int32).reshape(batch, width)
+    dtype = params["embed_tokens"]["weight"].dtype
+    cache = init_cache(
+        cfg, num_pages=batch * width, page_size=page_size, dtype=dtype, kv_dtype=kv_dtype
+    )
+    chunk = max(min(chunk, 1 << max(longest - 1, 0).bit_length()), spec.tail + 1, 8)
+    columns = -(-longest // chunk) * chunk
+    # Prompts end together: column c of a sequence is position c - (columns - length); what lies
+    # before is idle.
+    ids = np.zeros((batch, columns + 1 + spec.depths), np.int32)
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[columns + 1 - len(prompt) : columns + 1] = prompt
+    hidden = jnp.zeros((batch, spec.tail + 1, cfg.hidden_size), dtype)
+    for first in range(0, columns, chunk):
+        stop = first + chunk
+        lens = np.maximum(lengths - (columns - stop), 0).astype(np.int32)
+        part = RaggedBatch.uniform(
+            jnp.asarray(ids[:, first:stop]), page_table, jnp.asarray(lens), "expanded"
+        )
+        following = np.stack(
+            [ids[:, first + k + 1 : stop + k + 1] for k in range(spec.depths)] or [ids[:, :0]],
+            axis=-1,
+        )
+        rows, cache = run.prefill(
+            params, cache, part, jnp.asarray(following.reshape(batch * chunk, spec.depths))
+        )
+        hidden = rows.reshape(batch, chunk, -1)[:, chunk - spec.tail - 1 :]
+    after = ids[:, columns - spec.tail : columns + 1] if columns else ids[:, -(spec.tail + 1) :]
+    return run.start(
+        params,
+        cache,
+        page_table,
+        jnp.asarray(lengths),
+        jnp.asarray(ids[:, columns]),
+        hidden,
+        jnp.asarray(after),
+        jnp.full((batch,), max_tokens, jnp.int32),
+        sampling,
+    )
+
+
+def _read(
+    output: StepOutput,
+    config: DecodeConfig,
+    result: Generation,
+    on_tokens: Callable[[int, list[int]], None] | None,
+) -> int:
+    """Takes a step's tokens to the host; returns how many sequences ended in it."""
+    out = jax.device_get(output)
+    result.stats.update(out.accepted + 1, drafted=out.offered, emitted=out.count, active=out.active)
+    result.ties += int(out.ties.sum())
+    for index in np.flatnonzero(out.active):
+        new = out.tokens[index, : out.count[index]].tolist()
+        result.tokens[index].extend(new)
+        if out.finished[index] and new and new[-1] in config.eos_ids:
+            result.finish_reasons[index] = "stop"
+        if on_tokens is not None:
+            on_tokens(int(index), new)
+    return int(out.finished.sum())
+
+
+def _check(cfg: ModelConfig, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
+    if not prompts:
+        raise ValueError("no prompts: give at least one")
+    if max_tokens < 1:
+        raise ValueError(f"{max_tokens=} must be at least 1")
+    for index, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(
+                f"prompt {index} is empty: a model continues at least one token (begin with bos)"
+            )
+        low, high = min(prompt), max(prompt)
+        if low < 0 or high >= cfg.vocab_size:
+            raise ValueError(
+                f"prompt {index} has id {low if low < 0 else high}, outside "
+                f"0..{cfg.vocab_size - 1} (vocab_size)"
+            )
+        if len(prompt) + max_tokens > cfg.max_position_embeddings:
+            raise ValueError(
+                f"prompt {index}: {len(prompt)} tokens and {max_tokens=} exceed "
+                f"{cfg.max_position_embeddings=}; "
+                "shorten the prompt or ask for fewer tokens"
+            )

@@ -1,0 +1,123 @@
+"""Workloads of `mla_prefill`: chunks after a prefix, packed documents; DeepSeek's shapes."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.mla_prefill.plan import MlaPrefillPlan
+from pallas_kernels.testing.generate import BaseCase, normal, tagged
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case(BaseCase):
+    """A flat batch of queries and keys; keys stand in random order, as gathered pages may.
+
+    Attributes:
+        chunks: (cached prefix, new tokens) of each sequence, split evenly over `rows`.
+        queries: Q per row, padding included.
+        keys: S per row, unused ones included.
+        rows: parts of the flat axes that no sequence crosses.
+        heads: H.
+        nope: N.
+        rope: P.
+        value: V.
+    """
+
+    chunks: tuple[tuple[int, int], ...]
+    queries: int
+    keys: int
+    rows: int = 1
+    heads: int = 3
+    nope: int = 16
+    rope: int = 8
+    value: int = 12
+
+    def plan_arrays(self, seed: int) -> tuple[np.ndarray, ...]:
+        """query_seq, query_pos, key_seq, key_pos: int32, -1 for padding and unused keys."""
+        rng = self.rng(seed)
+        query_seq, query_pos = (np.full((self.rows, self.queries), v, np.int32) for v in (-1, 0))
+        key_seq, key_pos = (np.full((self.rows, self.keys), v, np.int32) for v in (-1, 0))
+        per_row = -(-len(self.chunks) // self.rows)
+        for row in range(self.rows):
+            free = rng.permutation(self.keys)
+            at = used = 0
+            for seq in range(row * per_row, min((row + 1) * per_row, len(self.chunks))):
+                prefix, new = self.chunks[seq]
+                query_seq[row, at : at + new] = seq
+                query_pos[row, at : at + new] = prefix + np.arange(new)
+                mine = free[used : used + prefix + new]
+                key_seq[row, mine], key_pos[row, mine] = seq, np.arange(prefix + new)
+                at, used = at + new, used + prefix + new
+            if at > self.queries or used > self.keys:
+                raise ValueError(f"{self.name}: {at} queries and {used} keys do not fit")
+        return tuple(a.reshape(-1) for a in (query_seq, query_pos, key_seq, key_pos))
+
+    def make(self, seed: int, poison: bool = False) -> dict[str, Any]:
+        """Arguments of `mla_prefill`; poison is NaN in padding queries and in keys nobody sees."""
+        rng = self.rng(seed)
+        query_seq, query_pos, key_seq, key_pos = self.plan_arrays(seed)
+        t, s, h = query_seq.size, key_seq.size, self.heads
+        q_nope, q_rope = normal(rng, t, h, self.nope), normal(rng, t, h, self.rope)
+        k_nope, v = normal(rng, s, h, self.nope), normal(rng, s, h, self.value)
+        k_rope = normal(rng, s, self.rope)
+        if poison:
+            for x in (q_nope, q_rope):
+                x[query_seq < 0] = np.nan
+            for x in (k_nope, k_rope, v):
+                x[key_seq < 0] = np.nan
+        arrays = (jnp.asarray(a) for a in (query_seq, query_pos, key_seq, key_pos))
+        return {
+            "q_nope": self.array(q_nope),
+            "q_rope": self.array(q_rope),
+            "k_nope": self.array(k_nope),
+            "k_rope": self.array(k_rope),
+            "v": self.array(v),
+            "plan": MlaPrefillPlan(*arrays, rows=self.rows),
+            "scale": 1.5 * (self.nope + self.rope) ** -0.5,
+        }
+
+
+def _deepseek_v3(name: str, chunks: tuple[tuple[int, int], ...]) -> Case:
+    return Case(
+        name=f"deepseek-v3 {name}",
+        tags=("bench",),
+        dtype="bfloat16",
+        chunks=chunks,
+        queries=chunks[0][1],
+        keys=sum(chunks[0]),
+        rows=len(chunks),
+        heads=128,
+        nope=128,
+        rope=64,
+        value=128,
+    )
+
+
+CASES = (
+    Case(name="one token", chunks=((0, 1),), queries=1, keys=1),
+    Case(name="packed", chunks=((0, 1), (0, 9), (0, 6)), queries=20, keys=40),
+    Case(name="after prefixes", chunks=((7, 5), (0, 0), (1, 1), (3, 12)), queries=20, keys=40),
+    Case(name="all padding", chunks=((4, 0),), queries=20, keys=40),
+    Case(name="rows", chunks=((0, 6), (9, 4), (5, 0)), queries=6, keys=16, rows=3),
+    Case(name="bfloat16", chunks=((40, 9), (0, 30)), queries=40, keys=80, dtype="bfloat16"),
+    # Longer than one block of queries of `xla`, with a document border inside a block.
+    Case(name="blocks", chunks=((0, 700), (30, 300)), queries=1024, keys=1040, heads=1),
+    Case(
+        name="real heads",
+        tags=("full",),
+        chunks=((64, 100), (0, 130)),
+        queries=256,
+        keys=320,
+        heads=128,
+        nope=128,
+        rope=64,
+        value=128,
+        dtype="bfloat16",
+    ),
+    _deepseek_v3("b1 t4096", ((0, 4096),)),
+    _deepseek_v3("b4 t1024", ((0, 1024),) * 4),
+    _deepseek_v3("b1 t2048 after 6144", ((6144, 2048),)),
+)
+CI, FULL, BENCH = tagged(CASES, "ci"), tagged(CASES, "full"), tagged(CASES, "bench")

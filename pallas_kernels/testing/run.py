@@ -1,0 +1,29 @@
+"""Calling an op the way a step does: compiled, with plain Python arguments static."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from pallas_kernels.quant import Recipe
+from pallas_kernels.select import Implementation
+
+
+def distinct(implementations: Sequence[Implementation]) -> list[str]:
+    """Names of the implementations that differ; some ops run one function under two names."""
+    return list({i.run: i.name for i in reversed(implementations)}.values())[::-1]
+
+
+def call(op: Callable[..., Any], args: dict[str, Any]) -> Any:
+    """`op(**args)` under jit; shapes that were seen before are not compiled again.
+
+    Numbers, strings and recipes are static; arrays, pytrees and None are traced.
+    """
+    static = frozenset(k for k, v in args.items() if isinstance(v, int | float | str | Recipe))
+    return _jit(op, static)(**args)
+
+
+@functools.cache
+def _jit(op: Callable[..., Any], static: frozenset[str]) -> Callable[..., Any]:
+    return jax.jit(op, static_argnames=tuple(sorted(static)))

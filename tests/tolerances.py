@@ -1,0 +1,47 @@
+"""Every tolerance of the numeric tests, with the error it expects and why.
+
+Tightening is free; loosening needs a measured reason in the commit.
+"""
+
+from pallas_kernels.testing import Tolerance
+
+OP = {
+    "float32": Tolerance(
+        abs=1e-5,
+        rel=1e-5,
+        cosine=1e-11,
+        reason="fp32 sums of up to 700 terms of order 1 against float64",
+    ),
+    "bfloat16": Tolerance(
+        abs=2e-2,
+        rel=1e-2,
+        cosine=2e-5,
+        reason="inputs are exact; probabilities, products and results are rounded to 8 bits",
+    ),
+}
+GRADIENT = {
+    "float32": Tolerance(
+        abs=1e-4, rel=1e-4, cosine=1e-10, reason="sums of products of two fp32 results"
+    ),
+}
+GATE = Tolerance(abs=1e-6, rel=2e-6, cosine=1e-12, reason="exp, a sum of up to 8 and a division")
+GOLDEN_6_DIGITS = Tolerance(abs=1e-6, rel=0.0, cosine=1e-11, reason="printed with 6 digits")
+
+SCALE_ULPS = 1.25
+"""XLA turns amax / 448 into a product with the reciprocal, itself rounded: 0.75 + 0.5 at most."""
+
+ROPE = {
+    "near": Tolerance(abs=2e-6, rel=0.0, cosine=1e-12, reason="cos and sin of small angles"),
+    "far": Tolerance(
+        abs=2e-2,
+        rel=0.0,
+        cosine=1e-5,
+        reason="angles up to 163839 have 2^-24 of that, 0.01 rad, in fp32, as in Hugging Face",
+    ),
+}
+LAYER = Tolerance(
+    abs=5e-6, rel=5e-6, cosine=1e-11, reason="one layer in fp32, a few products deep, order 1"
+)
+MODEL = Tolerance(
+    abs=1e-5, rel=1e-5, cosine=1e-10, reason="the issue's bound: a whole tiny model in fp32"
+)

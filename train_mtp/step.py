@@ -1,0 +1,211 @@
+"""One training step as a pure function of (state, batch), and the state's place on the devices.
+
+    train_step(state, batch, recipe=recipe) -> (state, metrics)     jitted, the state is donated
+    eval_step(params, batch, recipe=recipe) -> LossSums
+
+The recipe is static: frozen, hashable, and all that the compiled step depends on beside shapes.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dskjax.axes import Sharding
+from dskjax.config import ModelConfig
+from dskjax.model import Remat, init, param_specs
+from dskjax.params import Params
+from train_mtp import optim
+from train_mtp.data import Batch
+from train_mtp.loss import LossSums, loss_sums, total_loss
+
+RematName = Literal["none", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"]
+Precision = Literal["bfloat16", "float32"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a step does with a batch.
+
+    Attributes:
+        cfg: the model.
+        optimizer: how gradients become updates.
+        mtp_weight: lambda, weight of the mean MTP loss.
+        z_loss: weight of the squared log-sum-exp.
+        bias_update_rate: u of the router bias rule; 0 leaves the biases.
+        precision: compute dtype; master weights and moments are fp32. "float32" also asks for full
+            matmul precision.
+        remat: `jax.checkpoint` policy of each layer; "none" keeps all activations.
+        impl: implementation of every op.
+        sharding: mesh and rules, None on one device.
+    """
+
+    cfg: ModelConfig
+    optimizer: optim.AdamW
+    mtp_weight: float = 0.3
+    z_loss: float = 0.0
+    bias_update_rate: float = 0.001
+    precision: Precision = "bfloat16"
+    remat: RematName = "none"
+    impl: str = "auto"
+    sharding: Sharding | None = None
+
+    @property
+    def policy(self) -> Remat:
+        """The checkpoint policy by name."""
+        return None if self.remat == "none" else getattr(jax.checkpoint_policies, self.remat)
+
+    def matmul_precision(self) -> Any:
+        """Context in which the step is traced."""
+        return jax.default_matmul_precision("highest" if self.precision == "float32" else None)
+
+    def loss_sums(self, params: Params, batch: Batch) -> LossSums:
+        """Losses of a batch under this recipe."""
+        return loss_sums(
+            params,
+            batch,
+            cfg=self.cfg,
+            dtype=jnp.dtype(self.precision),
+            impl=self.impl,
+            remat=self.policy,
+            sharding=self.sharding,
+        )
+
+    def transformation(self) -> optax.GradientTransformation:
+        """The optimizer of the trainable weights."""
+        return self.optimizer.transformation(self.split(param_specs(self.cfg))[0])
+
+    def split(self, tree: Params) -> tuple[Params, Params]:
+        """(trainable part, rest) of a params-shaped tree."""
+        return optim.partition(optim.trainable(param_specs(self.cfg)), tree)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that training carries on from step to step.
+
+    Attributes:
+        step: i32 [], steps taken; also the number of the next batch.
+        params: fp32 master weights.
+        opt_state: moments of the trainable weights.
+    """
+
+    step: Any
+    params: Params
+    opt_state: Any
+
+
+def init_state(recipe: Recipe, seed: int) -> TrainState:
+    """A fresh state, made in place on the recipe's devices; the same values on any mesh."""
+    make = jax.jit(_make_state, static_argnums=0, out_shardings=state_shardings(recipe))
+    return make(recipe, jax.random.key(seed))
+
+
+def _make_state(recipe: Recipe, key: jax.Array) -> TrainState:
+    params = init(recipe.cfg, key, dtype=jnp.float32)
+    moments = recipe.transformation().init(recipe.split(params)[0])
+    return TrainState(jnp.zeros((), jnp.int32), params, moments)
+
+
+def _shapes(recipe: Recipe) -> TrainState:
+    return jax.eval_shape(lambda: _make_state(recipe, jax.random.key(0)))
+
+
+def abstract_state(recipe: Recipe) -> TrainState:
+    """Shapes, dtypes and shardings of the state: what a checkpoint is restored into."""
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        _shapes(recipe),
+        state_shardings(recipe),
+    )
+
+
+def state_shardings(recipe: Recipe) -> TrainState:
+    """Sharding of each array of the state; moments lie where their weights do."""
+    shapes = _shapes(recipe)
+    if recipe.sharding is None:
+        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return jax.tree.map(lambda _: one, shapes)
+    whole = NamedSharding(recipe.sharding.mesh, PartitionSpec())
+    params = recipe.sharding.params(param_specs(recipe.cfg))
+    moments = optax.tree_map_params(
+        recipe.transformation(),
+        lambda _, where: where,
+        shapes.opt_state,
+        recipe.split(params)[0],
+        transform_non_params=lambda _: whole,
+    )
+    return TrainState(whole, params, moments)
+
+
+def place_batch(batch: Batch, recipe: Recipe) -> Batch:
+    """Copies this process's rows to the devices, split over the batch axes."""
+    if recipe.sharding is None:
+        return jax.device_put(batch)
+    rows = batch.tokens.shape[0] * jax.process_count()
+    where = recipe.sharding.of(("batch", None), (rows, batch.tokens.shape[1]))
+    return Batch(*(jax.make_array_from_process_local_data(where, a) for a in batch))
+
+
+@functools.partial(jax.jit, static_argnames=("recipe",), donate_argnames=("state",))
+def train_step(
+    state: TrainState, batch: Batch, *, recipe: Recipe
+) -> tuple[TrainState, dict[str, Any]]:
+    """Takes one step; the old state's arrays are gone afterwards.
+
+    Returns:
+        The new state, and metrics: scalars and, per depth or per layer, vectors.
+    """
+    with recipe.matmul_precision():
+        train, rest = recipe.split(state.params)
+
+        def loss_of(train: Params) -> tuple[jax.Array, LossSums]:
+            sums = recipe.loss_sums(optim.combine(train, rest), batch)
+            loss = total_loss(sums, mtp_weight=recipe.mtp_weight, z_loss=recipe.z_loss)
+            return loss, sums
+
+        (loss, sums), grads = jax.value_and_grad(loss_of, has_aux=True)(train)
+        with jax.named_scope("optimizer"):
+            updates, moments = recipe.transformation().update(grads, state.opt_state, train)
+            train = jax.tree.map(jnp.add, train, updates)
+        params = optim.update_router_biases(
+            optim.combine(train, rest), sums.loads, recipe.bias_update_rate
+        )
+    new = TrainState(state.step + 1, params, moments)
+    if recipe.sharding is not None:
+        new = jax.lax.with_sharding_constraint(new, state_shardings(recipe))
+    return new, {
+        "total_loss": loss,
+        "grad_norm": optax.tree.norm(grads),
+        "lr": recipe.optimizer.schedule(state.step),
+        **batch_metrics(sums),
+    }
+
+
+@functools.partial(jax.jit, static_argnames=("recipe",))
+def eval_step(params: Params, batch: Batch, *, recipe: Recipe) -> LossSums:
+    """Losses of a batch without training on it."""
+    with recipe.matmul_precision():
+        return recipe.loss_sums(params, batch)
+
+
+def batch_metrics(sums: LossSums) -> dict[str, Any]:
+    """Means of one batch. Depth 1 is the first MTP module; `agree` is with the trunk's argmax."""
+    tokens = jnp.maximum(sums.tokens, 1)
+    metrics = {
+        "loss": sums.means[0],
+        "mtp_loss": sums.means[1:],
+        "top1": sums.top1[0] / tokens[0],
+        "mtp_top1": sums.top1[1:] / tokens[1:],
+        "mtp_agree": sums.agree[1:] / tokens[1:],
+        "tokens": sums.tokens[0],
+    }
+    if sums.loads:
+        violations = jnp.concatenate([optim.max_violation(x) for x in sums.loads.values()])
+        metrics |= {"max_vio": violations.max(), "mean_max_vio": violations.mean()}
+    return metrics
