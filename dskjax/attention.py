@@ -21,7 +21,15 @@ def over_sequences(tables: Tables, plan: MlaPrefillPlan, cfg: ModelConfig, impl:
         p = mla.project(x_td, tables, impl=impl)
         k_nope, v = mla.expand(p.latent, impl=impl)
         out, _ = mla_prefill(
-            p.q_nope, p.q_rope, k_nope, p.k_rope, v, plan, scale=cfg.softmax_scale, impl=impl
+            p.q_nope,
+            p.q_rope,
+            k_nope,
+            p.k_rope,
+            v,
+            plan,
+            scale=cfg.softmax_scale,
+            with_lse=False,
+            impl=impl,
         )
         return mla.output(out, impl=impl), None
 
@@ -113,6 +121,7 @@ def _expanded(
         v,
         plan.prefill,
         scale=cfg.softmax_scale,
+        with_lse=False,
         impl=impl,
     )
     return out_thv

@@ -3,6 +3,7 @@ of one step.
 """
 
 import dataclasses
+import typing
 from typing import Literal
 
 import jax
@@ -15,6 +16,7 @@ Form = Literal["absorbed", "expanded"]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+@typing.no_type_check  # a pytree is also rebuilt from specs, shapes and None: no check at birth
 class RaggedBatch:
     """New tokens of B sequences, one after another. A mixed step is a tuple of these, one per form.
 
@@ -56,6 +58,7 @@ class RaggedBatch:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+@typing.no_type_check  # a pytree is also rebuilt from specs, shapes and None: no check at birth
 class BatchPlan:
     """What every layer needs to know of a batch; computed once a step.
 

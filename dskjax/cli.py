@@ -169,6 +169,74 @@ def generate(
     _err.print(command.summary(result, speculate), soft_wrap=True, highlight=False)
 
 
+@app.command()
+def pretrain(
+    data: Annotated[list[Path], typer.Option(help="Text files or folders; repeat for more.")],
+    tokenizer: Annotated[Path, typer.Option(help="Folder with tokenizer.json.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run; an interrupted run goes on.")],
+    model: Annotated[str, typer.Option(help="Preset, config.json or its folder.")] = "tiny-v3",
+    steps: Annotated[int, typer.Option(help="Steps of the whole run.")] = 1000,
+    batch_size: Annotated[int, typer.Option(help="Rows a step, over all devices.")] = 64,
+    seq_len: Annotated[int, typer.Option(help="Tokens a row.")] = 512,
+    lr: Annotated[float, typer.Option(help="Peak learning rate (warm-up, then cosine).")] = 1e-3,
+    warmup: Annotated[int, typer.Option(help="Steps of warm-up.")] = 100,
+    weight_decay: Annotated[float, typer.Option(help="On matrices only.")] = 0.1,
+    mtp_weight: Annotated[float, typer.Option(help="Weight of the MTP loss.")] = 0.3,
+    precision: Annotated[
+        Dtype | None, typer.Option(help="Compute dtype. Default: float32 on a CPU, else bfloat16.")
+    ] = None,
+    remat: Annotated[str, typer.Option(help="jax.checkpoint policy per layer, or none.")] = "none",
+    mesh: Annotated[str, typer.Option(help='Like "dp=4,tp=2"; all devices on dp if empty.')] = "",
+    sharding: Annotated[
+        str, typer.Option(help="replicated, data, fsdp, tensor or train (fsdp and tensor).")
+    ] = "data",
+    eval_data: Annotated[
+        list[str] | None, typer.Option(help="Held-out files, KIND=PATH or plain; repeat.")
+    ] = None,
+    eval_every: Annotated[int, typer.Option(help="Steps between evaluations; 0: at the end.")] = 0,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 1000,
+    log_every: Annotated[int, typer.Option(help="Steps between lines of metrics.")] = 10,
+    max_minutes: Annotated[
+        float | None, typer.Option(help="Stop, save and export after so many minutes.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of weights and data order.")] = 0,
+    impl: ImplOption = "auto",
+) -> None:
+    """Train a model and its MTP modules on text; resumes by itself, exports to OUT/model."""
+    import jax
+
+    from train_mtp.config import PretrainConfig
+    from train_mtp.pretrain import pretrain as run
+
+    if precision is None:
+        precision = Dtype.float32 if jax.default_backend() == "cpu" else Dtype.bfloat16
+    config = PretrainConfig(
+        model=model,
+        data=data,
+        tokenizer=tokenizer,
+        out=out,
+        steps=steps,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        lr=lr,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        mtp_weight=mtp_weight,
+        precision=precision.value,
+        remat=remat,  # pyright: ignore[reportArgumentType] - checked by PretrainConfig
+        mesh=mesh,
+        sharding=sharding,  # pyright: ignore[reportArgumentType] - checked by PretrainConfig
+        eval_data=eval_data or (),
+        eval_every=eval_every,
+        save_every=save_every,
+        log_every=log_every,
+        max_minutes=max_minutes,
+        seed=seed,
+        impl=impl,
+    )
+    _err.print(f"exported {run(config)}", soft_wrap=True)
+
+
 def _write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()

@@ -124,7 +124,7 @@ def sequence_plan(segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"]) 
     )
     seq = jnp.where(segment_ids > 0, wide, -1).reshape(-1)
     pos = positions.reshape(-1).astype(jnp.int32)
-    return MlaPrefillPlan(seq, pos, seq, pos, rows)
+    return MlaPrefillPlan(seq, pos, seq, pos, rows, same_rows=True)
 
 
 def trunk(

@@ -7,6 +7,7 @@ never an xs/ys pair: that would make a second pool.
 """
 
 import dataclasses
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from pallas_kernels.quant import FP8_TILE, QTensor, dequantise, quantise
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+@typing.no_type_check  # a pytree is also rebuilt from specs, shapes and None: no check at birth
 class LatentCache:
     """Pages of latents and rope keys.
 

@@ -7,6 +7,7 @@ and 128 inputs. Scales are *multipliers*: the real value is `values * scale` (De
 """
 
 import dataclasses
+import typing
 from typing import Any, Literal
 
 import jax
@@ -51,6 +52,7 @@ INT4_GROUP = Recipe(format="int4", block=(1, 128))
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+@typing.no_type_check  # a pytree is also rebuilt from specs, shapes and None: no check at birth
 class QTensor:
     """A quantized tensor [..., N, K]; stands wherever a weight array may.
 

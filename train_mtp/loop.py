@@ -172,6 +172,7 @@ class Run:
         batch: Batch = self.dataset.batch(done - 1)
         path = self.out / f"bad_batch_step{done}_process{jax.process_index()}.npz"
         np.savez_compressed(path, **batch._asdict())
+        self.store.wait()
         good = self.store.latest()
         return (
             f"step {done}: loss {metrics['loss']}, MTP loss {metrics['mtp_loss']}, gradient norm "

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
@@ -54,7 +54,7 @@ class MetricsLog:
         """Closes the file."""
         self._file.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -120,7 +120,7 @@ class Progress:
         self._task = self._bar.add_task("training", total=steps, completed=start, note="")
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[Self]:
+    def running(self) -> "Iterator[Progress]":
         """Shows the bar inside the block."""
         with self._bar:
             yield self

@@ -7,6 +7,7 @@ out/checkpoints/N/      states by step; a run that finds one goes on from it, bi
 out/model/              config.json, model.safetensors (bf16), tokenizer, training.json
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -77,16 +78,18 @@ def pretrain(
     }
     cache = config.cache_dir or out / "tokens"
     out.mkdir(parents=True, exist_ok=True)
-    with Store(out / "checkpoints", keep_last=config.keep_last) as store:
+    with contextlib.ExitStack() as open_:
+        store = open_.enter_context(Store(out / "checkpoints", keep_last=config.keep_last))
         state, seconds = _start(config, recipe, store, identity)
         dataset = _dataset(config, build_store(files, tokenizer, cache, progress=config.progress))
         held_out = _held_out(config, tokenizer, config.eval_max_tokens)
+        log = open_.enter_context(_log(out, int(state.step)))
         run = Run(
             recipe=recipe,
             plan=_plan(config, started),
             dataset=dataset,
             store=store,
-            log=MetricsLog(out / METRICS, steps=int(state.step)) if _is_first() else None,
+            log=log,
             progress=_progress(config, cfg, dataset, int(state.step)),
             out=out,
             extra=identity,
@@ -95,16 +98,16 @@ def pretrain(
             on_step=on_step,
         )
         state = run.train(state)
-    done = int(state.step)
-    weights = cast(state.params, param_specs(cfg), jnp.bfloat16)
-    del state
-    if config.eval_max_tokens is not None:
-        held_out = _held_out(config, tokenizer, None)
-    scores = _evaluation(weights, held_out, recipe)
-    if run.log is not None:
-        if held_out and done == config.steps:
-            run.log.write("eval", done, scores)
-        run.log.close()
+        done, specs = int(state.step), param_specs(cfg)
+        weights = cast(state.params, specs, jnp.bfloat16)
+        del state
+        if config.eval_max_tokens is not None:
+            held_out = _held_out(config, tokenizer, None)
+        # What is shipped is scored: rounded, and fp32 again only to use the compiled step again.
+        scores = _evaluation(cast(weights, specs, jnp.float32), held_out, recipe)
+        if log is not None and held_out and done == config.steps:
+            log.write("eval", done, scores)
+    if _is_first():
         plot.plot_runs([out], out / "metrics.png")
     record = {
         "command": command or shlex.join(sys.argv),
@@ -194,6 +197,10 @@ def _dataset(config: PretrainConfig, corpus: TokenStore) -> PackedDataset:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+
+
+def _log(out: Path, start: int) -> contextlib.AbstractContextManager[MetricsLog | None]:
+    return MetricsLog(out / METRICS, steps=start) if _is_first() else contextlib.nullcontext()
 
 
 def _plan(config: PretrainConfig, started: float) -> Plan:

@@ -28,6 +28,7 @@ from dskjax.config import ModelConfig
 from dskjax.model import param_specs
 from dskjax.params import Params, WeightSpec, named_leaves
 
+_TOO_LARGE = 2**31  # for any size in a config; products of three still fit 128 bits
 _ALIGN = 64  # a NumPy buffer aligned like this becomes a JAX array of a CPU without a copy
 
 Box = tuple[slice, ...]
@@ -44,11 +45,16 @@ def load_config(path: str | Path) -> ModelConfig:
     check_folder(Path(path))
     file = Path(path) / "config.json"
     config = read_json(file)
+    for name, value in config.items():
+        if isinstance(value, int) and abs(value) >= _TOO_LARGE:
+            raise CheckpointError(
+                f"{file}: field {name!r} = {value}; expected less than {_TOO_LARGE}"
+            )
     try:
         return ModelConfig.from_hf(config)
     except NotImplementedError as error:
         raise NotImplementedError(f"{file}: {error}") from error
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError) as error:  # the last two: a value of odd type
         raise CheckpointError(f"{file}: {error}") from error
 
 
@@ -88,8 +94,7 @@ def load_hf(
     cfg = load_config(folder)
     with Shards(folder) as shards:
         cfg = inventory.without_absent_mtp(shards, cfg)
-        plan = names.slots(cfg, shards)
-        inventory.check(shards, cfg, plan)
+        plan = inventory.plan(shards, cfg)
         target = numpy_dtype(shards.entry(names.EMBEDDING).dtype)
         if dtype is None:
             inventory.warn_of_narrowing(shards, cfg, plan, target)
@@ -150,8 +155,7 @@ def save_hf(
     if max_shard_bytes < 1:
         raise ValueError(f"{max_shard_bytes=} must be positive")
     source = _LeafSource(params, cfg)
-    slots = [slot for found in names.slots(cfg).values() for slot in found]
-    slots.sort(key=lambda slot: names.layer_of(slot.name))
+    slots = sorted(names.slots(cfg), key=lambda slot: names.layer_of(slot.name))
     wanted = {slot.name: slot for slot in slots}
     if alias_copies:
         wanted |= names.aliases(cfg)

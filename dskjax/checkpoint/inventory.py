@@ -29,58 +29,63 @@ def without_absent_mtp(shards: Shards, cfg: ModelConfig) -> ModelConfig:
 
     transformers drops the modules when it saves a model and keeps the field that declares them.
     """
-    prefixes = names.mtp_prefixes(cfg)
-    if not prefixes or any(name.startswith(prefixes) for name in shards):
+    modules = cfg.mtp.num_nextn_predict_layers
+    if not modules or any(names.is_mtp(name, cfg) for name in shards):
         return cfg
     _LOG.warning(
-        "%s: config.json declares num_nextn_predict_layers=%d, but no file has a tensor of %s*; "
-        "loading the trunk without MTP modules",
+        "%s: config.json declares num_nextn_predict_layers=%d, but the files hold no tensor of "
+        "model.layers.%d and on; loading the trunk without MTP modules",
         shards.folder,
-        len(prefixes),
-        prefixes[0],
+        modules,
+        cfg.num_hidden_layers,
     )
     return dataclasses.replace(cfg, mtp=MtpConfig())
 
 
-def check(shards: Shards, cfg: ModelConfig, plan: dict[str, list[Slot]]) -> None:
-    """Compares names, shapes and dtypes with the plan.
+def plan(shards: Shards, cfg: ModelConfig) -> dict[str, list[Slot]]:
+    """The slots that fill each leaf, once names, shapes and dtypes of all tensors are right.
 
     Raises:
         CheckpointError: at the first difference; names the file, the tensor, expected and found.
         NotImplementedError: a tensor of a kind of checkpoint that is recognised and not supported.
     """
-    wanted = {slot.name: slot for slots in plan.values() for slot in slots}
-    aliases = {name: slot for name, slot in names.aliases(cfg).items() if name in shards}
-    extra = [n for n in shards if n not in wanted and n not in aliases and not _harmless(n)]
-    for name in extra:
+    for name in shards:
         _refuse_known(shards, name)
-    if missing := [name for name in wanted if name not in shards]:
-        raise CheckpointError(
-            f"{shards.folder}: tensor {missing[0]!r}{_more(missing)} is missing; "
-            f"expected shape {list(wanted[missing[0]].shape)} for {_sizes(cfg)}"
-        )
+    found: dict[str, list[Slot]] = {}
+    wanted: dict[str, Slot] = {}
+    for slot in names.slots(cfg, shards):  # lazily: a hostile config may ask for 10^9 layers
+        if slot.name not in shards:
+            raise CheckpointError(
+                f"{shards.folder}: tensor {slot.name!r} is missing; "
+                f"expected shape {list(slot.shape)} for {_sizes(cfg)}"
+            )
+        found.setdefault(slot.leaf, []).append(slot)
+        wanted[slot.name] = slot
+    copies = {name: slot for name in shards if (slot := names.alias_of(name, cfg)) is not None}
+    extra = sorted(n for n in set(shards) - set(wanted) - set(copies) if not _harmless(n))
     if extra:
         raise CheckpointError(
             f"{shards.file(extra[0])}: unexpected tensor {extra[0]!r}{_more(extra)}; "
             f"expected only those of a model with {_sizes(cfg)}"
         )
-    for name, slot in [*wanted.items(), *aliases.items()]:
+    for name, slot in [*wanted.items(), *copies.items()]:
         _check_tensor(shards, name, slot)
-    for name, slot in aliases.items():
-        found, expected = shards.entry(name).dtype, shards.entry(slot.name).dtype
-        if found != expected:
+    for name, slot in copies.items():
+        stored, expected = shards.entry(name).dtype, shards.entry(slot.name).dtype
+        if stored != expected:
             raise CheckpointError(
-                f"{shards.file(name)}: tensor {name!r} has dtype {found}; "
+                f"{shards.file(name)}: tensor {name!r} has dtype {stored}; "
                 f"expected {expected}, for it is a copy of {slot.name!r}"
             )
+    return found
 
 
 def warn_of_narrowing(
-    shards: Shards, cfg: ModelConfig, plan: dict[str, list[Slot]], target: np.dtype
+    shards: Shards, cfg: ModelConfig, found: dict[str, list[Slot]], target: np.dtype
 ) -> None:
     """Logs a warning when weights lose bits because all params take the embedding's dtype."""
     fixed = {leaf for leaf, spec in named_leaves(param_specs(cfg)) if spec.dtype}
-    loose = [slot.name for leaf, slots in plan.items() if leaf not in fixed for slot in slots]
+    loose = [slot.name for leaf, slots in found.items() if leaf not in fixed for slot in slots]
     exact = {code for code, kind in FLOATS.items() if jnp.promote_types(kind, target) == target}
     if narrowed := [name for name in loose if shards.entry(name).dtype not in exact]:
         _LOG.warning(

@@ -8,6 +8,7 @@ entry of those axes. MTP module k is layer `num_hidden_layers + k` there, with n
 """
 
 import dataclasses
+import re
 import sys
 from collections.abc import Container, Iterator, Mapping
 from typing import Any
@@ -22,10 +23,12 @@ from dskjax.params import Params, WeightSpec, named_leaves
 EMBEDDING = "model.embed_tokens.weight"
 """The tensor whose dtype is that of the checkpoint."""
 
+HEAD = "lm_head.weight"
+
 _TOP = {
     "embed_tokens.weight": EMBEDDING,
     "norm.weight": "model.norm.weight",
-    "lm_head.weight": "lm_head.weight",
+    HEAD: HEAD,
 }
 
 
@@ -46,8 +49,8 @@ class Slot:
     shape: tuple[int, ...]
 
 
-def slots(cfg: ModelConfig, stored: Container[str] = ()) -> dict[str, list[Slot]]:
-    """Every tensor of a model, by the leaf it belongs to; the slots of a leaf cover it.
+def slots(cfg: ModelConfig, stored: Container[str] = ()) -> Iterator[Slot]:
+    """Every tensor of a model, leaf by leaf; the slots of a leaf cover it, in order of `index`.
 
     Args:
         cfg: the model.
@@ -55,10 +58,8 @@ def slots(cfg: ModelConfig, stored: Container[str] = ()) -> dict[str, list[Slot]
             (`mlp.experts.gate_up_proj` [E, 2F, D], `mlp.experts.down_proj` [E, D, F]), they take
             the place of the per-expert tensors, layer by layer.
     """
-    return {
-        leaf: list(_leaf_slots(leaf, spec, cfg, stored))
-        for leaf, spec in named_leaves(param_specs(cfg))
-    }
+    for leaf, spec in named_leaves(param_specs(cfg)):
+        yield from _leaf_slots(leaf, spec, cfg, stored)
 
 
 def _leaf_slots(
@@ -106,40 +107,42 @@ def _layer_slots(
         yield Slot(f"{name}.weight" if bare else name, leaf, index, shape)
 
 
-def layer_prefix(layer: int) -> str:
-    """What the names of a layer's tensors start with; MTP modules follow the trunk's layers."""
-    return f"model.layers.{layer}."
-
-
 def layer_of(name: str) -> int:
-    """Sorting key that puts a checkpoint's tensors in the order the model uses them."""
-    if name.startswith("model.layers."):
-        return int(name.split(".")[2])
+    """The layer a tensor belongs to; -1 for what comes before them all, a huge one for the rest."""
+    if match := re.match(r"model\.layers\.(\d{1,9})\.", name):
+        return int(match[1])
     return -1 if name == EMBEDDING else sys.maxsize
 
 
-def mtp_prefixes(cfg: ModelConfig) -> tuple[str, ...]:
-    """The prefixes of all MTP modules that the config declares."""
-    first = cfg.num_hidden_layers
-    return tuple(layer_prefix(first + k) for k in range(cfg.mtp.num_nextn_predict_layers))
+def is_mtp(name: str, cfg: ModelConfig) -> bool:
+    """Whether a tensor belongs to one of the MTP modules that the config declares."""
+    return 0 <= layer_of(name) - cfg.num_hidden_layers < cfg.mtp.num_nextn_predict_layers
+
+
+def alias_of(name: str, cfg: ModelConfig) -> Slot | None:
+    """The slot whose values a tensor repeats: the copies of embedding and head in MTP modules.
+
+    The head of a tied model is one, too. None for every other tensor.
+    """
+    shape = (cfg.vocab_size, cfg.hidden_size)
+    embedding = head = Slot(EMBEDDING, "embed_tokens.weight", (), shape)
+    if not cfg.tie_word_embeddings:
+        head = Slot(HEAD, HEAD, (), shape)
+    elif name == HEAD:
+        return embedding
+    if is_mtp(name, cfg):
+        own = name.split(".", 3)[3]
+        return {"embed_tokens.weight": embedding, "shared_head.head.weight": head}.get(own)
+    return None
 
 
 def aliases(cfg: ModelConfig) -> dict[str, Slot]:
-    """Tensors that repeat another one, with the slot they repeat.
-
-    Each MTP module has a copy of the embedding and of the head; a tied model may have a head.
-    """
-    shape = (cfg.vocab_size, cfg.hidden_size)
-    embed = head = Slot(EMBEDDING, "embed_tokens.weight", (), shape)
-    out = {}
-    if cfg.tie_word_embeddings:
-        out["lm_head.weight"] = embed
-    else:
-        head = Slot("lm_head.weight", "lm_head.weight", (), shape)
-    for prefix in mtp_prefixes(cfg):
-        out[prefix + "embed_tokens.weight"] = embed
-        out[prefix + "shared_head.head.weight"] = head
-    return out
+    """Every tensor that `alias_of` knows for this model."""
+    first, modules = cfg.num_hidden_layers, cfg.mtp.num_nextn_predict_layers
+    copies = ("embed_tokens.weight", "shared_head.head.weight")
+    found = [f"model.layers.{first + k}.{copy}" for k in range(modules) for copy in copies]
+    slots = {name: alias_of(name, cfg) for name in [HEAD, *found]}
+    return {name: slot for name, slot in slots.items() if slot is not None}
 
 
 def row_order(leaf: str, cfg: ModelConfig) -> np.ndarray | None:

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from dskjax.checkpoint.safetensors import CheckpointError
@@ -152,7 +153,7 @@ class Store:
         self._manager.close()
 
 
-def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
+def _handlers() -> ocp.handlers.DefaultCheckpointHandlerRegistry:
     arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_MIN_SLICE)
     types = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
     state = ocp.PyTreeCheckpointHandler(type_handler_registry=types)
@@ -178,8 +179,9 @@ def _save_args(state: Any, extra: Mapping[str, Any] | None) -> Any:
     except TypeError as error:
         raise ValueError(f"extra={extra!r} is not JSON: {error}") from error
     manifest = {"leaves": {name: _describe(leaf) for name, leaf in leaves.items()}, "extra": kept}
+    plain = {n: jax.random.key_data(w) if _is_key(w) else w for n, w in leaves.items()}
     return ocp.args.Composite(
-        **{_STATE: ocp.args.PyTreeSave(leaves), _MANIFEST: ocp.args.JsonSave(manifest)}
+        **{_STATE: ocp.args.PyTreeSave(plain), _MANIFEST: ocp.args.JsonSave(manifest)}
     )
 
 
@@ -190,8 +192,7 @@ def _restore(place: Path, like: Any, read: Any) -> tuple[Any, dict[str, Any]]:
         manifest = read(ocp.args.Composite(**{_MANIFEST: ocp.args.JsonRestore()}))[_MANIFEST]
     if not isinstance(manifest, dict) or set(manifest) != {"leaves", "extra"}:
         raise CheckpointError(f"{place}: was not written by dskjax.checkpoint.store")
-    wanted = {name: _abstract(leaf) for name, leaf in _by_name(like).items()}
-    stored = manifest["leaves"]
+    wanted, stored = _by_name(like), manifest["leaves"]
     for name, leaf in wanted.items():
         expected, found = _describe(leaf), stored.get(name)
         if expected != found:
@@ -201,20 +202,20 @@ def _restore(place: Path, like: Any, read: Any) -> tuple[Any, dict[str, Any]]:
             f"{place}: leaf {extra[0]!r}: expected none, found {stored[extra[0]]}"
         )
     with _as_checkpoint_error(place):
-        placed = ocp.checkpoint_utils.construct_restore_args(wanted)
-        args = ocp.args.PyTreeRestore(wanted, restore_args=placed)
-        leaves = read(ocp.args.Composite(**{_STATE: args}))[_STATE]
-    state = jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in wanted])
-    return state, manifest["extra"]
+        plain = {name: _as_stored(leaf) for name, leaf in wanted.items()}
+        placed = ocp.checkpoint_utils.construct_restore_args(plain)
+        args = ocp.args.PyTreeRestore(plain, restore_args=placed)
+        found = read(ocp.args.Composite(**{_STATE: args}))[_STATE]
+    leaves = [_as_wanted(found[name], leaf) for name, leaf in wanted.items()]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves), manifest["extra"]
 
 
 @contextlib.contextmanager
 def _as_checkpoint_error(place: Path) -> Iterator[None]:
     try:
         yield
-    except (ValueError, OSError, KeyError) as error:  # what Orbax raises for damaged files
-        what = str(error)[:300]
-        raise CheckpointError(f"{place}: damaged, or no checkpoint of dskjax ({what})") from error
+    except Exception as error:  # for a damaged file Orbax raises whatever it likes, even Exception
+        raise CheckpointError(f"{place}: cannot be restored ({str(error)[:300]})") from error
 
 
 def _by_name(tree: Any) -> dict[str, Any]:
@@ -231,8 +232,23 @@ def _describe(leaf: Any) -> str:
     return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
 
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _as_stored(leaf: Any) -> jax.ShapeDtypeStruct:
     sharding = getattr(leaf, "sharding", None)
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    bare = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    bare = jax.eval_shape(jax.random.key_data, bare) if _is_key(leaf) else bare
+    return jax.ShapeDtypeStruct(bare.shape, bare.dtype, sharding=sharding)
+
+
+def _as_wanted(value: jax.Array, leaf: Any) -> jax.Array:
+    if not _is_key(leaf):
+        return value
+    kinds = []  # of random keys; only a key can tell, so trace one
+    bare = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    jax.eval_shape(lambda key: kinds.append(jax.random.key_impl(key)), bare)
+    return jax.random.wrap_key_data(value, impl=kinds[0])

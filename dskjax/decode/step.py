@@ -13,6 +13,7 @@ never samples.
 """
 
 import dataclasses
+import typing
 from typing import NamedTuple
 
 import jax
@@ -80,6 +81,7 @@ class DecodeConfig:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+@typing.no_type_check  # a pytree is also rebuilt from specs, shapes and None: no check at birth
 class DecodeState:
     """Everything a batch of sequences carries from step to step, on device. Donate it.
 

@@ -3,6 +3,7 @@ layer.
 """
 
 import dataclasses
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jaxtyping import Array, Int
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+@typing.no_type_check  # a pytree is also rebuilt from specs, shapes and None: no check at birth
 class MlaDecodePlan:
     """Row bookkeeping of a decode batch.
 

@@ -5,13 +5,14 @@ heads.
 import jax
 from jaxtyping import Array, Float
 
-from pallas_kernels.mla_prefill import reference, xla
+from pallas_kernels.mla_prefill import cudnn, reference, xla
 from pallas_kernels.mla_prefill.plan import MlaPrefillPlan
 from pallas_kernels.select import Implementation, choose, on_gpu_only
 
 __all__ = ["IMPLEMENTATIONS", "MlaPrefillPlan", "mla_prefill"]
 
 IMPLEMENTATIONS = (
+    Implementation("cudnn", cudnn.mla_prefill, supports=cudnn.supports),
     Implementation("xla", xla.mla_prefill, auto=on_gpu_only),
     Implementation("reference", reference.mla_prefill),
 )
@@ -26,8 +27,9 @@ def mla_prefill(
     plan: MlaPrefillPlan,
     *,
     scale: float,
+    with_lse: bool = True,
     impl: str = "auto",
-) -> tuple[Float[Array, "T H V"], Float[Array, "T H"]]:
+) -> tuple[Float[Array, "T H V"], Float[Array, "T H"] | None]:
     """Attends over the keys the plan allows: score = scale * (q_nope . k_nope + q_rope . k_rope).
 
     The log-sum-exp lets a caller attend to a cached prefix and to the new tokens in two calls and
@@ -42,11 +44,12 @@ def mla_prefill(
         v: [S, H, V].
         plan: who sees what; keys outside every sequence may hold NaN.
         scale: softmax scale.
-        impl: "auto", "reference" or "xla".
+        with_lse: the caller needs the log-sum-exp; without it cuDNN may run.
+        impl: "auto", "reference", "xla" or "cudnn".
 
     Returns:
-        out [T, H, V] in the query dtype and lse [T, H] float32; 0 and -inf for a query that sees
-        nothing.
+        out [T, H, V] in the query dtype and lse [T, H] float32, which may be None without `with_lse`;
+        0 and -inf for a query that sees nothing.
 
     Raises:
         ValueError: T or S is not a multiple of `plan.rows`.
@@ -57,6 +60,6 @@ def mla_prefill(
             f"{plan.rows=}"
         )
     args = (q_nope, q_rope, k_nope, k_rope, v, plan)
-    run = choose("mla_prefill", impl, IMPLEMENTATIONS, *args)
+    run = choose("mla_prefill", impl, IMPLEMENTATIONS, *args, with_lse=with_lse)
     with jax.named_scope("mla_prefill"):
-        return run(*args, scale=scale)
+        return run(*args, scale=scale, with_lse=with_lse)

@@ -19,6 +19,7 @@ class Case(BaseCase):
         queries: Q per row, padding included.
         keys: S per row, unused ones included.
         rows: parts of the flat axes that no sequence crosses.
+        same_rows: keys are the queries, in order; then no sequence has a prefix, and S = T.
         heads: H.
         nope: N.
         rope: P.
@@ -29,6 +30,7 @@ class Case(BaseCase):
     queries: int
     keys: int
     rows: int = 1
+    same_rows: bool = False
     heads: int = 3
     nope: int = 16
     rope: int = 8
@@ -52,7 +54,8 @@ class Case(BaseCase):
                 at, used = at + new, used + prefix + new
             if at > self.queries or used > self.keys:
                 raise ValueError(f"{self.name}: {at} queries and {used} keys do not fit")
-        return tuple(a.reshape(-1) for a in (query_seq, query_pos, key_seq, key_pos))
+        keys = (query_seq, query_pos) if self.same_rows else (key_seq, key_pos)
+        return tuple(a.reshape(-1) for a in (query_seq, query_pos, *keys))
 
     def make(self, seed: int, poison: bool = False) -> dict[str, Any]:
         """Arguments of `mla_prefill`; poison is NaN in padding queries and in keys nobody sees."""
@@ -74,7 +77,7 @@ class Case(BaseCase):
             "k_nope": self.array(k_nope),
             "k_rope": self.array(k_rope),
             "v": self.array(v),
-            "plan": MlaPrefillPlan(*arrays, rows=self.rows),
+            "plan": MlaPrefillPlan(*arrays, rows=self.rows, same_rows=self.same_rows),
             "scale": 1.5 * (self.nope + self.rope) ** -0.5,
         }
 
@@ -88,6 +91,7 @@ def _deepseek_v3(name: str, chunks: tuple[tuple[int, int], ...]) -> Case:
         queries=chunks[0][1],
         keys=sum(chunks[0]),
         rows=len(chunks),
+        same_rows=not chunks[0][0],
         heads=128,
         nope=128,
         rope=64,
@@ -101,6 +105,17 @@ CASES = (
     Case(name="after prefixes", chunks=((7, 5), (0, 0), (1, 1), (3, 12)), queries=20, keys=40),
     Case(name="all padding", chunks=((4, 0),), queries=20, keys=40),
     Case(name="rows", chunks=((0, 6), (9, 4), (5, 0)), queries=6, keys=16, rows=3),
+    Case(
+        name="same rows", chunks=((0, 5), (0, 0), (0, 6)), queries=8, keys=8, rows=3, same_rows=True
+    ),
+    Case(
+        name="same rows bfloat16",
+        chunks=((0, 20), (0, 9)),
+        queries=40,
+        keys=40,
+        same_rows=True,
+        dtype="bfloat16",
+    ),
     Case(name="bfloat16", chunks=((40, 9), (0, 30)), queries=40, keys=80, dtype="bfloat16"),
     # Longer than one block of queries of `xla`, with a document border inside a block.
     Case(name="blocks", chunks=((0, 700), (30, 300)), queries=1024, keys=1040, heads=1),

@@ -1,6 +1,7 @@
 """Which keys each query of a flat, ragged batch sees."""
 
 import dataclasses
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+@typing.no_type_check  # a pytree is also rebuilt from specs, shapes and None: no check at birth
 class MlaPrefillPlan:
     """A query sees the keys of its own sequence at its own or an earlier position.
 
@@ -18,6 +20,8 @@ class MlaPrefillPlan:
         key_pos: i32 [S].
         rows: the flat axes are `rows` equal parts and no sequence crosses a part; lets an
             implementation skip the rest.
+        same_rows: queries and keys are the same tokens in the same order, each sequence's by rising
+            position: what lies above the diagonal is never seen.
     """
 
     query_seq: jax.Array
@@ -25,6 +29,7 @@ class MlaPrefillPlan:
     key_seq: jax.Array
     key_pos: jax.Array
     rows: int = dataclasses.field(default=1, metadata={"static": True})
+    same_rows: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def mask(self) -> jax.Array:
         """bool [rows, T / rows, S / rows]."""

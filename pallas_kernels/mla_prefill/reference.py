@@ -17,6 +17,7 @@ def mla_prefill(
     plan: MlaPrefillPlan,
     *,
     scale: float,
+    with_lse: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.mla_prefill`."""
     rows, tokens = plan.rows, q_nope.shape[0]

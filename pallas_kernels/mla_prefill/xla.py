@@ -24,6 +24,7 @@ def mla_prefill(
     plan: MlaPrefillPlan,
     *,
     scale: float,
+    with_lse: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.mla_prefill`."""
     rows, tokens, dtype = plan.rows, q_nope.shape[0], q_nope.dtype

@@ -1,4 +1,7 @@
-"""Calling an op the way a step does: compiled, with plain Python arguments static."""
+"""Calling an op the way a step does: compiled, with plain Python arguments static.
+
+Only for tests: on a CPU, LLVM is told not to optimise, because they wait for nothing but compiling.
+"""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -26,4 +29,5 @@ def call(op: Callable[..., Any], args: dict[str, Any]) -> Any:
 
 @functools.cache
 def _jit(op: Callable[..., Any], static: frozenset[str]) -> Callable[..., Any]:
-    return jax.jit(op, static_argnames=tuple(sorted(static)))
+    fast = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(op, static_argnames=tuple(sorted(static)), compiler_options=fast)

@@ -206,7 +206,7 @@ def test_no_handle_is_left_open_by_damaged_files(tmp_path):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_flipped_and_cut_bytes_never_cause_another_error(data, tmp_path_factory):
     path = tmp_path_factory.mktemp("fuzz") / "a"

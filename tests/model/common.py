@@ -61,30 +61,34 @@ def oracle(name="tiny-v3"):
 
 
 @functools.cache
+def _compiled(function, donate, options):
+    """One jitted function per set of options; LLVM does not optimise, as compiling is what takes
+    time here.
+    """
+    fast = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(
+        functools.partial(function, **dict(options)), donate_argnums=donate, compiler_options=fast
+    )
+
+
 def run_trunk(cfg, impl="auto"):
     """Compiled `trunk` with residual streams: (params, tokens) -> TrunkOutput."""
-    return jax.jit(lambda p, t: model.trunk(p, t, cfg=cfg, impl=impl, capture=True))
+    return _compiled(model.trunk, (), (("cfg", cfg), ("impl", impl), ("capture", True)))
 
 
-@functools.cache
 def run_mtp_chain(cfg, depths=2):
     """Compiled `mtp_chain`: (params, tokens, hidden) -> MtpOutput."""
-    return jax.jit(lambda p, t, h: model.mtp_chain(p, t, h, cfg=cfg, depths=depths))
+    return _compiled(model.mtp_chain, (), (("cfg", cfg), ("depths", depths)))
 
 
-@functools.cache
 def run_forward(cfg, impl="auto"):
     """Compiled `forward`, cache donated: (params, cache, batch) -> (hidden, cache)."""
-    return jax.jit(lambda p, c, b: model.forward(p, c, b, cfg=cfg, impl=impl), donate_argnums=(1,))
+    return _compiled(model.forward, (1,), (("cfg", cfg), ("impl", impl)))
 
 
-@functools.cache
 def run_forward_mtp(cfg, module):
     """Compiled `forward_mtp`, cache donated: (params, cache, batch, hidden) -> (h, cache)."""
-    return jax.jit(
-        lambda p, c, b, h: model.forward_mtp(p, c, b, h, cfg=cfg, module=module),
-        donate_argnums=(1,),
-    )
+    return _compiled(model.forward_mtp, (1,), (("cfg", cfg), ("module", module)))
 
 
 @dataclasses.dataclass

@@ -11,12 +11,12 @@ from dskjax.layers.mla import Mla
 from dskjax.layers.rope import half_split_order, rope_tables
 from dskjax.params import bind
 from pallas_kernels import (
-    FP8_BLOCK,
     LatentCache,
     MlaPrefillPlan,
     dequantise,
     mla_decode,
     mla_prefill,
+    quant,
     quantise,
 )
 from pallas_kernels.testing import assert_close
@@ -110,7 +110,7 @@ def test_projections_match_oracle():
 @pytest.mark.parametrize("form", FORMS)
 def test_a_quantized_up_projection_is_dequantized_in_both_forms(form):
     cfg, params, x = inputs("tiny-v3")
-    q = quantise(params["kv_b_proj"], FP8_BLOCK)
+    q = quantise(params["kv_b_proj"], quant.FP8_BLOCK)
     run = compiled(form, cfg, cfg.softmax_scale)
     got = run(params | {"kv_b_proj": q}, x)
     assert_close(got, run(params | {"kv_b_proj": dequantise(q)}, x), LAYER)

@@ -23,10 +23,18 @@ from train_mtp.step import (
     train_step,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 RECIPE = toy.recipe()
 SPECS = param_specs(RECIPE.cfg)
 BIAS = optim.ROUTER_BIAS
 BATCH = toy.batch()
+
+
+@pytest.fixture(scope="module")
+def quick_compiler():
+    with toy.quick_compiler():
+        yield
 
 
 def start(recipe=RECIPE, seed=0) -> TrainState:
@@ -60,7 +68,7 @@ def biases(params):
 
 
 @pytest.fixture(scope="module")
-def first():
+def first(quick_compiler):
     """State before and after the first step, and its metrics, on the host."""
     state = start()
     before = copy(state)
@@ -186,7 +194,9 @@ def sharded(name: str) -> Sharding:
     return preset(name, make_mesh(**sizes, devices=devices))
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize(
+    "name", [*("data", "fsdp", "train"), pytest.param("tensor", marks=pytest.mark.full)]
+)
 def test_sharded_step_equals_the_unsharded_one(first, name):
     _, expected, expected_metrics = first
     recipe = dataclasses.replace(RECIPE, sharding=sharded(name))

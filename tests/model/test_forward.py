@@ -1,0 +1,338 @@
+"""The whole model: `apply` == float64 oracle; `forward` over pages, in any chunks == `apply`.
+
+The pool starts full of NaN, its pages lie in random order, unused table entries are garbage ids,
+and padding rows carry an embedding of NaN.
+"""
+
+import dataclasses
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dskjax import model
+from dskjax.batch import RaggedBatch, plan_batch
+from pallas_kernels.testing import assert_close, assert_equal
+from tests.model.common import (
+    LENS,
+    Pages,
+    oracle,
+    ragged,
+    run_forward,
+    run_forward_mtp,
+    run_mtp_chain,
+    run_trunk,
+    tiny,
+)
+from tests.oracles import deepseek
+from tests.tolerances import FP8_CACHE, MODEL
+
+NAMES = ["tiny-v3", "tiny-v2lite"]
+ROWS = 12  # static rows of a step; mixed steps have 6 absorbed ones before them
+
+
+def full(name, impl="auto"):
+    """`trunk` of all sequences at once, cached by JAX; the yardstick of `forward`."""
+    t = tiny(name)
+    return run_trunk(t.cfg, impl)(t.params, jnp.asarray(t.tokens))
+
+
+# ------------------------------------------------------------------ against the oracle
+
+
+def check_trunk(name, params=None, impl="auto"):
+    t = tiny(name)
+    out = run_trunk(t.cfg, impl)(t.params if params is None else params, jnp.asarray(t.tokens))
+    logits = model.head(t.params, out.hidden, cfg=t.cfg)
+    assert logits.dtype == jnp.float32
+    for b, (hidden, layers, experts, _) in enumerate(oracle(name)):
+        for i, layer in enumerate(layers):
+            assert_close(out.layers[i, b], layer, MODEL, f"layer {i}")
+        for i, chosen in enumerate(experts):
+            assert_equal(np.sort(out.experts[i, b]), np.sort(chosen), f"experts {i}")
+        assert_close(out.hidden[b], hidden, MODEL, "hidden")
+        assert_close(logits[b], deepseek.head(t.raw, hidden), MODEL, "logits")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_trunk_matches_oracle(name):
+    check_trunk(name)
+
+
+def test_xla_matches_oracle():
+    check_trunk("tiny-v3", impl="xla")
+
+
+def check_mtp_chain(params=None, hidden=None):
+    t, out = tiny(), full("tiny-v3")
+    chain = run_mtp_chain(t.cfg)(
+        t.params if params is None else params,
+        jnp.asarray(t.tokens),
+        out.hidden if hidden is None else hidden(out),
+    )
+    for b, (_, _, _, want) in enumerate(oracle()):
+        for k, h in enumerate(want):
+            assert_close(chain.hidden[k][b, : len(h)], h, MODEL, f"h^{k + 1}")
+
+
+def test_mtp_chain_matches_oracle():
+    check_mtp_chain()
+
+
+def test_more_depths_than_modules_are_refused():
+    t = tiny()
+    with pytest.raises(ValueError, match="depths=3 but the model has 2"):
+        model.mtp_chain(
+            t.params, jnp.asarray(t.tokens), full("tiny-v3").hidden, cfg=t.cfg, depths=3
+        )
+
+
+def test_packed_documents_do_not_see_each_other():
+    """Two documents in a row, with positions that start again, equal the documents alone."""
+    t, lens = tiny(), (7, 6)
+    tokens, segments, positions = (np.zeros((3, 17), np.int32) for _ in range(3))
+    for b in range(3):
+        start = 0
+        for s, length in enumerate(lens):
+            at = slice(start, start + length)
+            tokens[b, at], segments[b, at] = t.tokens[(b + s) % 3, :length], s + 1
+            positions[b, at] = np.arange(length)
+            start += length
+    run = jax.jit(
+        lambda p, tok, seg, pos: model.trunk(p, tok, cfg=t.cfg, segment_ids=seg, positions=pos)
+    )
+    got = run(t.params, *map(jnp.asarray, (tokens, segments, positions))).hidden
+    want = full("tiny-v3").hidden
+    for b in range(3):
+        assert_close(got[b, :7], want[b, :7], MODEL)
+        assert_close(got[b, 7:13], want[(b + 1) % 3, :6], MODEL)
+
+
+@pytest.mark.parametrize("bad", [256, 1_000_000])
+def test_ids_outside_the_vocabulary_give_nan(bad):
+    rows = model.embed(tiny().params, jnp.asarray([3, bad]))
+    assert np.isfinite(rows[0]).all() and np.isnan(rows[1]).all()
+
+
+# ------------------------------------------------------------------ chunks over the paged cache
+
+
+def run_step(t, pages, done, new, form, impl="auto"):
+    """One step of new[b] tokens; returns (rows of each sequence, new pages)."""
+    if form == "mixed":  # short chunks absorbed, long ones expanded
+        short = [n if n <= 2 else 0 for n in new]
+        parts = (
+            ragged(pages, t.tokens, done, short, 6, "absorbed"),
+            ragged(
+                pages,
+                t.tokens,
+                done,
+                [n - s for n, s in zip(new, short, strict=True)],
+                ROWS,
+                "expanded",
+            ),
+        )
+        hidden, cache = run_forward(t.cfg, impl)(t.params, pages.cache, parts)
+        spans = [(0, short), (6, [n - s for n, s in zip(new, short, strict=True)])]
+    else:
+        batch = ragged(pages, t.tokens, done, new, ROWS, form)
+        hidden, cache = run_forward(t.cfg, impl)(t.params, pages.cache, batch)
+        spans = [(0, new)]
+    rows = [None] * len(new)
+    for start, counts in spans:
+        for b, n in enumerate(counts):
+            if n:
+                rows[b] = np.asarray(hidden[start : start + n])
+            start += n
+    return rows, dataclasses.replace(pages, cache=cache)
+
+
+def check_chunks(name, steps, seed=0, impl="auto", tol=MODEL, **options):
+    """`steps`: (form, wanted new tokens of each sequence); every emitted row equals `apply`'s."""
+    t, want = tiny(name), full(name).hidden
+    pages, done = Pages.make(t.cfg, seed, **options), [0, 0, 0]
+    for form, wanted in steps:
+        new = [min(n, length - d) for n, length, d in zip(wanted, LENS, done, strict=True)]
+        rows, pages = run_step(t, pages, done, new, form, impl)
+        for b, n in enumerate(new):
+            if n:
+                assert_close(rows[b], want[b, done[b] : done[b] + n], tol, f"sequence {b}")
+        done = [d + n for d, n in zip(done, new, strict=True)]
+    for layer in range(t.cfg.num_hidden_layers):
+        np.testing.assert_array_equal(pages.written(layer), pages.expected(done))
+    return done
+
+
+FORMS = ["absorbed", "expanded", "mixed"]
+PREFILL_THEN_DECODE = [("expanded", (4, 4, 4)), ("expanded", (7, 0, 5)), ("expanded", (0, 2, 7))]
+PREFILL_THEN_DECODE += [("absorbed", (1, 1, 1)), ("absorbed", (2, 2, 0))]
+MIXED = [("mixed", (6, 1, 5)), ("mixed", (2, 8, 2)), ("mixed", (1, 0, 9)), ("mixed", (5, 0, 1))]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("steps", [PREFILL_THEN_DECODE, MIXED], ids=["in turn", "mixed"])
+def test_prefill_and_decode_equal_one_pass(name, steps):
+    assert check_chunks(name, steps) == list(LENS)
+
+
+def test_xla_prefill_and_decode_equal_one_pass():
+    check_chunks("tiny-v3", PREFILL_THEN_DECODE, impl="xla")
+
+
+@settings(max_examples=12)
+@given(
+    steps=st.lists(
+        st.tuples(st.sampled_from(FORMS), st.tuples(*[st.integers(0, 4)] * 3)),
+        min_size=3,
+        max_size=9,
+    ),
+    seed=st.integers(0, 5),
+)
+def test_any_chunking(steps, seed):
+    check_chunks("tiny-v3", steps, seed)
+
+
+def test_uniform_batches():
+    """The same number of rows for every sequence, as decode and verification have it."""
+    t, want = tiny(), full("tiny-v3").hidden
+    pages = Pages.make(t.cfg)
+    for at, form in ((0, "expanded"), (3, "absorbed"), (6, "absorbed")):
+        batch = RaggedBatch.uniform(
+            jnp.asarray(t.tokens[:, at : at + 3]),
+            jnp.asarray(pages.table),
+            jnp.full(3, at + 3, jnp.int32),
+            form,
+        )
+        hidden, pages.cache = run_forward(t.cfg)(t.params, pages.cache, batch)
+        assert_close(hidden.reshape(3, 3, -1), want[:, at : at + 3], MODEL)
+
+
+def test_rejected_rows_are_written_over():
+    """After wrong drafts the lengths go back, and the right tokens take their slots."""
+    t, want = tiny(), full("tiny-v3").hidden
+    wrong = dataclasses.replace(t, tokens=(t.tokens + 1) % 256)
+    _, pages = run_step(t, Pages.make(t.cfg), [0, 0, 0], [4, 4, 4], "expanded")
+    _, pages = run_step(wrong, pages, [4, 4, 4], [3, 3, 3], "absorbed")
+    rows, _ = run_step(t, pages, [4, 4, 4], [3, 2, 3], "absorbed")
+    for b, n in enumerate((3, 2, 3)):
+        assert_close(rows[b], want[b, 4 : 4 + n], MODEL)
+
+
+@pytest.mark.parametrize("form", ["absorbed", "expanded"])
+def test_idle_rows_write_nothing(form):
+    """Sequences of length 0 with rows all the same: nothing of the pool changes."""
+    t, pages = tiny(), Pages.make(tiny().cfg)
+    before = jax.tree.map(np.array, pages.cache)
+    batch = ragged(pages, t.tokens, [0, 0, 0], [3, 3, 3], ROWS, form)
+    batch = dataclasses.replace(batch, cached_lens=jnp.zeros(3, jnp.int32))
+    _, cache = run_forward(t.cfg)(t.params, pages.cache, batch)
+    jax.tree.map(assert_equal, cache, before)
+
+
+def test_rows_past_the_table_are_dropped():
+    """With a table of 2 pages, tokens 8 and on have no place: they overwrite nobody."""
+    t, want = tiny(), full("tiny-v3").hidden
+    pages = Pages.make(t.cfg, width=2)
+    for done in (0, 4):
+        rows, pages = run_step(t, pages, [done] * 3, [4, 4, 4], "expanded")
+    assert_close(rows[2], want[2, 4:8], MODEL)
+    before = jax.tree.map(np.array, pages.cache)
+    rows, pages = run_step(t, pages, [7, 7, 7], [4, 0, 0], "expanded")
+    assert_close(rows[0][:1], want[0, 7:8], MODEL)
+    changed = (
+        [(a != b).any(-1) for a, b in zip(pages.cache, before, strict=True)] if False else None
+    )
+    assert changed is None
+    np.testing.assert_array_equal(pages.written(), pages.expected([8, 8, 8]))
+    same = np.ones(15, bool)
+    same[pages.table[0, 1]] = False  # slot 7 was written again, with the same token
+    assert_equal(pages.cache.latent[:, same], before.latent[:, same])
+
+
+@pytest.mark.parametrize("form", ["absorbed", "expanded"])
+def test_positions_pages_and_slots(form):
+    batch = RaggedBatch(
+        token_ids=jnp.zeros(7, jnp.int32),
+        page_table=jnp.asarray([[5, 9], [7, -1], [8, 3]], jnp.int32),
+        cached_lens=jnp.asarray([6, 1, 9], jnp.int32),
+        query_starts=jnp.asarray([0, 3, 5, 6], jnp.int32),
+        form=form,
+    )
+    plan = plan_batch(batch, 4)
+    np.testing.assert_array_equal(plan.positions, [3, 4, 5, 0, 0, 8, 0])
+    np.testing.assert_array_equal(plan.pages, [5, 9, 9, -1, 7, -1, -1])
+    np.testing.assert_array_equal(plan.slots, [3, 0, 1, 0, 0, 0, 0])
+    assert (plan.prefill is None) == (form == "absorbed")
+
+
+# ------------------------------------------------------------------ donation, fp8
+
+
+def test_the_cache_is_updated_in_place():
+    t, pages = tiny(), Pages.make(tiny().cfg)
+    pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(pages.cache)]
+    batch = ragged(pages, t.tokens, [0, 0, 0], [4, 4, 4], ROWS, "absorbed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # "some donated buffers were not usable"
+        _, cache = run_forward(t.cfg)(t.params, pages.cache, batch)
+    assert pages.cache.latent.is_deleted() and pages.cache.rope.is_deleted()
+    assert [x.unsafe_buffer_pointer() for x in jax.tree.leaves(cache)] == pointers
+
+
+def test_fp8_cache_is_close():
+    check_chunks("tiny-v3", PREFILL_THEN_DECODE, tol=FP8_CACHE, kv_dtype="fp8")
+
+
+def test_fp8_cache_is_really_used():
+    with pytest.raises(AssertionError):
+        check_chunks("tiny-v3", PREFILL_THEN_DECODE, kv_dtype="fp8")
+
+
+# ------------------------------------------------------------------ MTP over the cache
+
+
+def mtp_rows(chunks, form="absorbed", change=None):
+    """h^1 and h^2 of sequence 2 over the cache, in chunks, each depth fed by the one before.
+
+    `change(depth, chunk, following ids, hidden)` plants mistakes in what a module is given.
+    """
+    t, n = tiny(), LENS[2]
+    pages, tokens = Pages.make(t.cfg, seed=1), np.zeros((3, 17), np.int32)
+    hidden, out = np.asarray(full("tiny-v3").hidden[2]), []
+    for k in (1, 2):
+        rows, done = [], 0
+        for chunk in chunks:
+            new = min(chunk, n - k - done)
+            following = t.tokens[2, done + k : done + k + new]
+            given = hidden[done : done + new]
+            if change is not None:
+                following, given = change(k, done, following, given)
+            tokens[2, done : done + new] = following
+            batch = ragged(pages, tokens, [0, 0, done], [0, 0, new], ROWS, form)
+            padded = np.full((ROWS, hidden.shape[1]), np.nan, np.float32)
+            padded[:new] = given
+            h, pages.cache = run_forward_mtp(t.cfg, k - 1)(
+                t.params, pages.cache, batch, jnp.asarray(padded)
+            )
+            rows.append(np.asarray(h[:new]))
+            done += new
+        hidden = np.concatenate(rows)
+        out.append(hidden)
+    return out
+
+
+def check_mtp_rows(chunks, form="absorbed", change=None):
+    for got, want in zip(mtp_rows(chunks, form, change), oracle()[2][3], strict=True):
+        assert_close(got, want, MODEL)
+
+
+CHUNKS = (6, 1, 1, 5, 3)
+
+
+@pytest.mark.parametrize("form", ["absorbed", "expanded"])
+def test_mtp_over_the_cache_equals_the_chain(form):
+    check_mtp_rows(CHUNKS, form)
