@@ -45,9 +45,3 @@ LAYER = Tolerance(
 MODEL = Tolerance(
     abs=1e-5, rel=1e-5, cosine=1e-10, reason="the issue's bound: a whole tiny model in fp32"
 )
-FP8_CACHE = Tolerance(
-    abs=0.35,
-    rel=0.1,
-    cosine=2e-3,
-    reason="latents keep 3 mantissa bits: 2^-4 of each, through a few layers of loud weights",
-)

@@ -28,7 +28,7 @@ from dskjax.config import ModelConfig
 from dskjax.model import param_specs
 from dskjax.params import Params, WeightSpec, named_leaves
 
-_TOO_LARGE = 2**31  # for any size in a config; products of three still fit 128 bits
+_TOO_LARGE = 2**31  # for any number in a config; from 2**62 on, shapes break inside JAX
 _ALIGN = 64  # a NumPy buffer aligned like this becomes a JAX array of a CPU without a copy
 
 Box = tuple[slice, ...]

@@ -118,7 +118,14 @@ CASES = (
     ),
     Case(name="bfloat16", chunks=((40, 9), (0, 30)), queries=40, keys=80, dtype="bfloat16"),
     # Longer than one block of queries of `xla`, with a document border inside a block.
-    Case(name="blocks", chunks=((0, 700), (30, 300)), queries=1024, keys=1040, heads=1),
+    Case(
+        name="blocks",
+        chunks=((0, 700), (30, 300), (16, 1000)),
+        queries=1024,
+        keys=1040,
+        rows=2,
+        heads=1,
+    ),
     Case(
         name="real heads",
         tags=("full",),

@@ -150,6 +150,10 @@ DAMAGED = {
         raw_file({"w": entry(shape=[3])}, D8),
         "tensor 'w': shape [3] of F32 needs 12 bytes, but data_offsets [0, 8] hold 8",
     ),
+    "too many bytes": (
+        raw_file({"w": entry(shape=[1])}, D8),
+        "tensor 'w': shape [1] of F32 needs 4 bytes, but data_offsets [0, 8] hold 8",
+    ),
     "half a byte": (raw_file({"w": entry("F4", [3], [0, 1])}, b"0"), "of F4 needs 1.5 bytes"),
     "overlap": (
         raw_file({"v": entry(), "w": entry(offsets=[4, 12])}, bytes(12)),
@@ -178,6 +182,13 @@ def test_damage_is_named(case, tmp_path):
     with pytest.raises(CheckpointError, match=re.escape(message)) as error:
         SafetensorsFile(tmp_path / "bad.safetensors")
     assert "bad.safetensors" in str(error.value)
+
+
+def test_a_header_larger_than_any_real_one_is_not_even_read(tmp_path):
+    (tmp_path / "a").write_bytes(raw_file(b"{}", length=150_000_000))
+    os.truncate(tmp_path / "a", 200_000_000)  # a hole, which takes no room on the disk
+    with pytest.raises(CheckpointError, match="claims 150000000 bytes; expected at most 100000000"):
+        SafetensorsFile(tmp_path / "a")
 
 
 def test_what_is_no_file_is_named(tmp_path):

@@ -20,7 +20,7 @@ from dskjax import mesh, model
 from dskjax.checkpoint import CheckpointError
 from dskjax.checkpoint.store import Store, restore, save
 from dskjax.config import ModelConfig
-from pallas_kernels.quant import FP8_BLOCK, INT4_GROUP, quantise
+from pallas_kernels.quant import QTensor
 from tests.checkpoint.build import random_params, tiny_config
 
 CFG = ModelConfig.from_hf(tiny_config(num_nextn_predict_layers=1))
@@ -40,7 +40,10 @@ def training_state(seed=0):
     """Everything a run may hold: nested dicts, optax tuples, keys, counters, quantized weights."""
     params = some_params(seed)
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
-    weight = jnp.asarray(np.random.default_rng(seed).standard_normal((130, 200)), jnp.float32)
+    rng = np.random.default_rng(seed)
+    fp8 = rng.standard_normal((130, 200)).astype(jnp.float8_e4m3fn)
+    int4 = rng.integers(0, 256, (130, 100), np.uint8)
+    scales = rng.random((130, 2), np.float32)
     return {
         "params": params,
         "optimiser": optimiser.init(params),
@@ -49,8 +52,8 @@ def training_state(seed=0):
         "raw_key": jax.random.PRNGKey(seed),
         "step": jnp.int32(seed),
         "flags": (jnp.array([True, False]), jnp.float32(math.nan), None, {}),
-        "fp8": quantise(weight, FP8_BLOCK),
-        "int4": quantise(weight, INT4_GROUP),
+        "fp8": QTensor(jnp.asarray(fp8), jnp.asarray(scales[:2]), (128, 128), "e4m3"),
+        "int4": QTensor(jnp.asarray(int4), jnp.asarray(scales), (1, 128), "int4"),
     }
 
 
@@ -235,7 +238,7 @@ WRITER = """
     jax.config.update("jax_platforms", "cpu")
     from dskjax.checkpoint.store import Store
     store = Store(sys.argv[1])
-    state = lambda k: {"x": jnp.full((20_000_000,), k, jnp.float32), "k": jnp.int32(k)}
+    state = lambda k: {"x": jnp.full((4_000_000,), k, jnp.float32), "k": jnp.int32(k)}
     store.save(1, state(1), {"at": 1})
     store.wait()
     store.save(2, state(2), {"at": 2})
@@ -252,17 +255,17 @@ def test_a_killed_writer_leaves_the_step_before(tmp_path):
     assert done.returncode == 9
     leftovers = [path.name for path in run.iterdir() if path.name != "1"]
     assert leftovers and "2" not in leftovers, leftovers  # it was in the middle of step 2
-    like = {"x": jnp.zeros(20_000_000), "k": jnp.int32(0)}
+    like = {"x": jnp.zeros(4_000_000), "k": jnp.int32(0)}
     with Store(run) as store:
         assert store.steps() == [1] and store.latest() == 1
         found, extra = store.restore(1, like)
         assert extra == {"at": 1} and int(found["k"]) == 1 and (np.asarray(found["x"]) == 1).all()
         assert [path.name for path in run.iterdir() if path.name != "1"] == leftovers  # only read
-        store.save(2, {"k": jnp.int32(22)})
+        store.save(3, {"k": jnp.int32(33)})
         store.wait()
-        assert store.steps() == [1, 2]
-        assert int(store.restore(2, {"k": jnp.int32(0)})[0]["k"]) == 22
-    assert sorted(path.name for path in run.iterdir()) == ["1", "2"]
+        assert store.steps() == [1, 3]
+        assert int(store.restore(3, {"k": jnp.int32(0)})[0]["k"]) == 33
+    assert sorted(path.name for path in run.iterdir()) == ["1", "3"]  # the writer swept up
 
 
 def test_strangers_in_the_folder_are_no_steps(tmp_path, caplog):

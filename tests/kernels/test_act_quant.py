@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels import QTensor, act_quant, quant
 from pallas_kernels.act_quant import api, cases
-from pallas_kernels.testing import assert_equal, call, distinct
+from pallas_kernels.testing import assert_equal, call, distinct, jit
 from tests.oracles import formats
 from tests.tolerances import SCALE_ULPS
 
@@ -78,7 +77,7 @@ def test_ue8m0_is_exact_at_and_beside_powers_of_two(compiled):
     """amax = 448 * 2^k has scale 2^k; one float32 above it has 2^(k+1), and nothing is clipped."""
     powers = np.float32(2.0 ** np.arange(-20, 21))[:, None]
     amax = 448 * powers
-    op = jax.jit(act_quant, static_argnames="recipe") if compiled else act_quant
+    op = jit(act_quant, static_argnames="recipe") if compiled else act_quant
     for x, want in (
         (amax, powers),
         (np.nextafter(amax, np.float32(np.inf)), 2 * powers),

@@ -1,16 +1,15 @@
 """`LatentCache`: rows land where they should, and nowhere else."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import LatentCache, dequantise, quant, quantise
 from pallas_kernels.latent_cache import gather_rows, write_rows
-from pallas_kernels.testing import assert_equal
+from pallas_kernels.testing import assert_equal, jit
 
 LAYERS, PAGES, PAGE, C, P = 2, 3, 4, 160, 6
-WRITE = jax.jit(write_rows)
+WRITE = jit(write_rows)
 
 
 def make_cache(fp8=False):
@@ -72,7 +71,7 @@ def test_writes_happen_in_place_under_donation():
     cache = make_cache()
     before = cache.latent.unsafe_buffer_pointer()
     latent, rope = rows(1)
-    after = jax.jit(write_rows, donate_argnums=0)(cache, 1, latent, rope, i32(0), i32(0))
+    after = jit(write_rows, donate_argnums=0)(cache, 1, latent, rope, i32(0), i32(0))
     assert cache.latent.is_deleted() and after.latent.unsafe_buffer_pointer() == before
 
 

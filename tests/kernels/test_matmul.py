@@ -10,7 +10,7 @@ import pytest
 
 from pallas_kernels import QTensor, matmul
 from pallas_kernels.matmul import api, cases
-from pallas_kernels.testing import assert_close, call, distinct
+from pallas_kernels.testing import assert_close, call, distinct, jit
 from tests.oracles import formats
 from tests.tolerances import GRADIENT, OP
 
@@ -63,7 +63,7 @@ def test_gradients(impl):
     args = CASES["two axes"].make(0)
     dy = CASES["two axes"].rng(1).standard_normal((2, 3, 2, 20))
     loss = lambda x, w: (matmul(x, w, impl=impl) * dy).sum()  # noqa: E731
-    dx, dw = jax.jit(jax.grad(loss, argnums=(0, 1)))(args["x"], args["w"])
+    dx, dw = jit(jax.grad(loss, argnums=(0, 1)))(args["x"], args["w"])
     x, w = np.float64(args["x"]), np.float64(args["w"])
     assert_close(dx, np.einsum("abgn,gnk->abk", dy, w), GRADIENT["float32"])
     assert_close(dw, np.einsum("abgn,abk->gnk", dy, x), GRADIENT["float32"])

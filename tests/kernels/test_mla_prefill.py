@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pallas_kernels import MlaPrefillPlan, mla_prefill
 from pallas_kernels.mla_prefill import api, cases, xla
 from pallas_kernels.softmax import masked_softmax, merge
-from pallas_kernels.testing import assert_close, call, distinct
+from pallas_kernels.testing import assert_close, call, distinct, jit
 from tests.oracles import attention
 from tests.tolerances import GRADIENT, OP
 
@@ -133,7 +133,7 @@ def gradients(op, case):
         out, lse = op(**inputs, **args)
         return (out * weight_out).sum() + jnp.where(lse > -jnp.inf, lse * weight_lse, 0).sum()
 
-    return jax.jit(jax.grad(loss))(inputs)
+    return jit(jax.grad(loss))(inputs)
 
 
 def check_gradients(op, case):

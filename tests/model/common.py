@@ -15,6 +15,7 @@ from dskjax.batch import RaggedBatch
 from dskjax.cache import init_cache
 from dskjax.config import ModelConfig, MtpConfig
 from pallas_kernels import LatentCache
+from pallas_kernels.testing import jit
 from pallas_kernels.testing.generate import GARBAGE_PAGES
 from tests.oracles import deepseek, weights
 
@@ -62,18 +63,30 @@ def oracle(name="tiny-v3"):
 
 @functools.cache
 def _compiled(function, donate, options):
-    """One jitted function per set of options; LLVM does not optimise, as compiling is what takes
-    time here.
-    """
-    fast = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(
-        functools.partial(function, **dict(options)), donate_argnums=donate, compiler_options=fast
-    )
+    """One compiled function per set of options, whichever test asks."""
+    bound = functools.partial(function, **dict(options))
+    return jit(bound, donate_argnums=donate)
 
 
-def run_trunk(cfg, impl="auto"):
-    """Compiled `trunk` with residual streams: (params, tokens) -> TrunkOutput."""
-    return _compiled(model.trunk, (), (("cfg", cfg), ("impl", impl), ("capture", True)))
+def run_trunk(t, tokens=None, segment_ids=None, positions=None, params=None):
+    """`trunk` of whole rows with residual streams, those of `t` by default."""
+    tokens = t.tokens if tokens is None else tokens
+    if segment_ids is None:
+        segment_ids = np.ones(tokens.shape, np.int32)
+        positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    run = _compiled(_trunk, (), (("cfg", t.cfg), ("capture", True)))
+    arrays = (jnp.asarray(a) for a in (tokens, segment_ids, positions))
+    return run(t.params if params is None else params, *arrays)
+
+
+def _trunk(params, tokens, segment_ids, positions, *, cfg, capture):
+    packing = {"segment_ids": segment_ids, "positions": positions}
+    return model.trunk(params, tokens, cfg=cfg, capture=capture, **packing)
+
+
+def run_head(t, hidden):
+    """fp32 logits."""
+    return _compiled(model.head, (), (("cfg", t.cfg),))(t.params, hidden)
 
 
 def run_mtp_chain(cfg, depths=2):
@@ -86,9 +99,18 @@ def run_forward(cfg, impl="auto"):
     return _compiled(model.forward, (1,), (("cfg", cfg), ("impl", impl)))
 
 
-def run_forward_mtp(cfg, module):
-    """Compiled `forward_mtp`, cache donated: (params, cache, batch, hidden) -> (h, cache)."""
-    return _compiled(model.forward_mtp, (1,), (("cfg", cfg), ("module", module)))
+def run_apply(cfg, sharding):
+    """Compiled `apply` on a mesh: (params, tokens) -> logits."""
+    return _compiled(model.apply, (), (("cfg", cfg), ("sharding", sharding)))
+
+
+def run_forward_mtp(cfg):
+    """Compiled `forward_mtp`, cache donated; takes the module last, returns (h, cache)."""
+    return _compiled(_forward_mtp, (1,), (("cfg", cfg),))
+
+
+def _forward_mtp(params, cache, batch, hidden, module, *, cfg):
+    return model.forward_mtp(params, cache, batch, hidden, cfg=cfg, module=module)
 
 
 @dataclasses.dataclass

@@ -19,7 +19,7 @@ from pallas_kernels import (
     quant,
     quantise,
 )
-from pallas_kernels.testing import assert_close
+from pallas_kernels.testing import assert_close, jit
 from tests.model.common import tiny
 from tests.oracles import deepseek, weights
 from tests.tolerances import LAYER
@@ -81,7 +81,7 @@ FORMS = {"expanded": expanded, "absorbed": absorbed}
 
 @functools.cache
 def compiled(form, cfg, scale):
-    return jax.jit(lambda params, x: FORMS[form](cfg, params, x, scale))
+    return jit(lambda params, x: FORMS[form](cfg, params, x, scale))
 
 
 def check(form, name, change=lambda params: params, scale=None):
@@ -100,7 +100,7 @@ def test_matches_oracle(form, name):
 def test_projections_match_oracle():
     """Queries, normed latent and un-normed rope key; rotary channels in half-split order."""
     t, (cfg, params, x) = tiny(), inputs("tiny-v3")
-    p = jax.jit(lambda w: project(bind(Mla, w, cfg), cfg, x).__dict__)(params)
+    p = jit(lambda w: project(bind(Mla, w, cfg), cfg, x).__dict__)(params)
     order = half_split_order(cfg.mla.qk_rope_head_dim)
     want = deepseek.attention_parts(t.raw, LAYER_0, x, np.arange(T), t.hf)
     for name, value in zip(("q_nope", "q_rope", "latent", "k_rope"), want, strict=True):

@@ -35,6 +35,9 @@ pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = ROOT / "examples" / "tiny-deepseek"
+MODEL = dataclasses.replace(
+    toy.model(vocab_size=6144), num_hidden_layers=1, first_k_dense_replace=0
+)
 STEPS = 6
 
 
@@ -53,8 +56,7 @@ def folder(tmp_path_factory):
     (folder / "valid.txt").write_text("def g(x):\n    return x * 2\n\x1e\nÉté, ça va.\n\x1e\n")
     rows = [{"split": "valid", "kind": k, "bytes": n} for k, n in (("code", 27), ("prose", 15))]
     (folder / "docs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    hf = toy.model(vocab_size=Tokenizer.load(TOKENIZER).vocab_size).to_hf()
-    (folder / "config.json").write_text(json.dumps(hf))
+    (folder / "config.json").write_text(json.dumps(MODEL.to_hf()))
     return folder
 
 
@@ -123,7 +125,7 @@ def test_run_writes_metrics_checkpoint_and_record(straight, folder):
     params, cfg = load_hf(exported)
     tokenizer = Tokenizer.load(exported)
     assert cfg == dataclasses.replace(
-        toy.model(vocab_size=tokenizer.vocab_size),
+        MODEL,
         bos_token_id=tokenizer.bos_id,
         eos_token_id=tuple(tokenizer.eos_ids),
     )
@@ -212,8 +214,8 @@ def test_another_run_is_refused_by_the_fields_that_differ(straight, folder):
     setting, _ = straight
     with pytest.raises(ValueError, match=r"step 6: run\.lr: 0\.01 -> 0\.02.*another out"):
         pretrain.pretrain(dataclasses.replace(setting, lr=0.02))
-    cfg = toy.model(vocab_size=6144)
-    wider = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, moe_intermediate_size=8))
+    assert MODEL.moe is not None
+    wider = dataclasses.replace(MODEL, moe=dataclasses.replace(MODEL.moe, moe_intermediate_size=8))
     (folder / "wider.json").write_text(json.dumps(wider.to_hf()))
     with pytest.raises(ValueError, match=r"model\.moe\.moe_intermediate_size: 16 -> 8"):
         pretrain.pretrain(dataclasses.replace(setting, model=str(folder / "wider.json")))
@@ -367,8 +369,19 @@ def test_kinds_come_from_names_or_from_the_index(folder):
         group(path, index=wrong)
 
 
-def test_several_runs_are_drawn_together(straight, folder, tmp_path):
-    run = Path(straight[0].out)
-    assert plot_runs([run, run / METRICS], tmp_path / "both.png").read_bytes()[1:4] == b"PNG"
+def test_several_runs_are_drawn_together(tmp_path):
+    """Of different depths, one without experts and without evaluations."""
+    for name, depths in (("one", 1), ("two", 2)):
+        (tmp_path / name).mkdir()
+        with MetricsLog(tmp_path / name / METRICS, steps=0) as log:
+            for step in (1, 2):
+                per_depth = [1.0 / step] * depths
+                values = {"loss": 2.0, "grad_norm": 1.0, "mtp_loss": per_depth}
+                load = {"max_vio": 1.0, "mean_max_vio": 0.5} if depths == 2 else {}
+                log.write("train", step, {**values, **load, "mtp_agree": per_depth})
+                if depths == 2:
+                    log.write("eval", step, {"kinds": {"prose": {"bits_per_byte": 2.0}}})
+    runs = [tmp_path / "one", tmp_path / "two" / METRICS]
+    assert plot_runs(runs, tmp_path / "both.png").read_bytes()[1:4] == b"PNG"
     with pytest.raises(FileNotFoundError, match="expected the folder of a run"):
         plot_runs([tmp_path], tmp_path / "none.png")

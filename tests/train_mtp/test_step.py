@@ -195,7 +195,8 @@ def sharded(name: str) -> Sharding:
 
 
 @pytest.mark.parametrize(
-    "name", [*("data", "fsdp", "train"), pytest.param("tensor", marks=pytest.mark.full)]
+    "name",
+    [*("data", "train"), *(pytest.param(n, marks=pytest.mark.full) for n in ("fsdp", "tensor"))],
 )
 def test_sharded_step_equals_the_unsharded_one(first, name):
     _, expected, expected_metrics = first
@@ -218,6 +219,7 @@ def test_sharded_step_equals_the_unsharded_one(first, name):
     jax.tree.map(lambda where, a, b: close(a[where], b[where]), clear, train, reference)
 
 
+@pytest.mark.full
 def test_initial_state_is_the_same_on_any_mesh():
     one = init_state(RECIPE, 3)
     assert one.step == 0 and not any(map(np.any, jax.tree.leaves(copy(one.opt_state))))

@@ -1,0 +1,146 @@
+"""Drafts over the paged cache against the definition: every module run over whole sequences.
+
+Verification hides a wrong draft, so drafts are compared themselves, step after step, including the
+rows that earlier wrong drafts left in the cache.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dskjax import attention, model
+from dskjax.decode import SamplingParams, draft
+from dskjax.decode.generate import prefill_prompts
+from dskjax.decode.step import DecodeConfig, decode_step
+from dskjax.layers.rope import rope_tables
+from dskjax.mtp import MtpModule
+from dskjax.params import bind
+from tests.decode.toy import PROMPTS, toy
+
+STEPS = 6
+LONGEST = 48
+
+
+def chained(params, cfg, tokens, drafts):
+    """Scheme A by definition: depth k over the known tokens and the drafts so far."""
+    known = list(tokens)
+    row = jnp.zeros((1, LONGEST), jnp.int32).at[0, : len(known)].set(jnp.asarray(known))
+    hidden = _trunk(params, cfg)(row)
+    out = []
+    for k in range(drafts):
+        chain = _chain(params, cfg, k + 1)(row, hidden)
+        out.append(int(model.head(params, chain[0, len(known) - 2], cfg=cfg).argmax()))
+        row = row.at[0, len(known) + k].set(out[-1])
+    return out
+
+
+def recycled(params, cfg, tokens, drafts):
+    """Scheme C by definition: one causal sequence of (hidden, token) rows, own outputs appended."""
+    n = len(tokens)
+    row = jnp.zeros((1, LONGEST), jnp.int32).at[0, :n].set(jnp.asarray(tokens))
+    hidden = _trunk(params, cfg)(row)[0]
+    following = jnp.roll(row[0], -1)
+    out = []
+    for k in range(drafts):
+        h = _rows(params, cfg)(following, hidden)
+        out.append(int(model.head(params, h[n - 2 + k], cfg=cfg).argmax()))
+        hidden = hidden.at[n - 1 + k].set(h[n - 2 + k])
+        following = following.at[n - 1 + k].set(out[-1])
+    return out
+
+
+_COMPILED = {}
+
+
+def _trunk(params, cfg):
+    run = lambda row: model.trunk(params, row, cfg=cfg).hidden  # noqa: E731
+    return _COMPILED.setdefault(("trunk", cfg), jax.jit(run))
+
+
+def _chain(params, cfg, depths):
+    run = lambda row, hidden: (  # noqa: E731
+        model.mtp_chain(params, row, hidden, cfg=cfg, depths=depths).hidden[-1]
+    )
+    return _COMPILED.setdefault(("chain", cfg, depths), jax.jit(run))
+
+
+def _rows(params, cfg):
+    def run(following, hidden):
+        positions = jnp.arange(LONGEST, dtype=jnp.int32)[None]
+        tables = rope_tables(positions[0], cfg.mla.qk_rope_head_dim, cfg.rope)
+        plan = model.sequence_plan(jnp.ones_like(positions), positions)
+        attend = attention.over_sequences(tables, plan, cfg, "reference")
+        weights = jax.tree.map(lambda w: w[0], params["mtp_layers"])
+        module = bind(MtpModule, weights, cfg)
+        return module(model.embed(params, following), hidden, attend, impl="reference")[0]
+
+    return _COMPILED.setdefault(("rows", cfg), jax.jit(run))
+
+
+def check(modules, drafts):
+    """Runs decode steps and compares all drafts on the table after each of them."""
+    params, cfg = toy(modules)
+    expected = recycled if cfg.mtp.scheme == "recycled" else chained
+    config = DecodeConfig.make(cfg, rule="strict", drafts=drafts, eos_ids=())
+    # Hot sampling: the text differs from the drafts often, and every acceptance length occurs.
+    sampling = SamplingParams.make(len(PROMPTS), temperature=1.5, seed=[1, 2, 3])
+    state = prefill_prompts(
+        params, cfg, PROMPTS, config, sampling, max_tokens=30, page_size=5, chunk=8
+    )
+    step = jax.jit(lambda s: decode_step(params, s, cfg=cfg, config=config))
+    known, lengths, compared = [list(p) for p in PROMPTS], set(), 0
+    for _ in range(STEPS):
+        for index, tokens in enumerate(known):
+            found = np.asarray(state.drafts.tokens[index]).tolist()
+            if len(tokens) == 1:
+                assert found == [-1] * drafts, "a lone token has no hidden state to draft from"
+            else:
+                assert found == expected(params, cfg, tokens, drafts), f"after {tokens}"
+                compared += 1
+        state, out = step(state)
+        for index, tokens in enumerate(known):
+            count = int(out.count[index])
+            lengths.add(count)
+            tokens.extend(np.asarray(out.tokens[index, :count]).tolist())
+    assert compared > STEPS
+    assert len(lengths) > 1, "every step emitted the same number of tokens: too easy"
+
+
+@pytest.mark.parametrize(("modules", "drafts"), [(1, 1), (1, 3), (3, 3), (3, 2)])
+def test_drafts_are_those_of_the_definition(modules, drafts):
+    check(modules, drafts)
+
+
+def test_sees_draft_rows_that_are_not_overwritten(monkeypatch):
+    real = draft.forward_mtp
+
+    def keeps_old_rows(params, cache, batch, hidden, **kwargs):
+        h, new = real(params, cache, batch, hidden, **kwargs)
+        written = jnp.any(cache.latent != 0, axis=-1, keepdims=True)
+        keep = lambda old, fresh: jnp.where(written, old, fresh)  # noqa: E731
+        return h, jax.tree.map(keep, cache, new)
+
+    monkeypatch.setattr(draft, "forward_mtp", keeps_old_rows)
+    jax.clear_caches()
+    with pytest.raises(AssertionError):
+        check(1, 3)
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("modules", [1, 3])
+def test_sees_the_following_token_off_by_one(monkeypatch, modules):
+    real = draft.forward_mtp
+
+    def shifted(params, cache, batch, hidden, **kwargs):
+        late = jnp.roll(batch.token_ids, 1)
+        batch = type(batch)(
+            late, batch.page_table, batch.cached_lens, batch.query_starts, batch.form, batch.queries
+        )
+        return real(params, cache, batch, hidden, **kwargs)
+
+    monkeypatch.setattr(draft, "forward_mtp", shifted)
+    jax.clear_caches()
+    with pytest.raises(AssertionError):
+        check(modules, 2)
+    jax.clear_caches()

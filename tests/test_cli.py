@@ -1,0 +1,157 @@
+"""The command line in process: what it writes, and that bad input ends with one clear line."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dskjax import cli
+
+GOLDENS = Path(__file__).parent / "goldens"
+EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-deepseek"
+
+
+@pytest.fixture
+def dskjax(monkeypatch, capsys):
+    """Runs `dskjax ARGS...`; returns (exit code, stdout, stderr)."""
+
+    def run(*args):
+        monkeypatch.setattr("sys.argv", ["dskjax", *map(str, args)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        captured = capsys.readouterr()
+        return exit_.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+def close(found, golden):
+    return np.linalg.norm(found - golden) <= 2e-5 * np.linalg.norm(golden)
+
+
+def test_info_counts_parameters(dskjax):
+    code, out, _ = dskjax("info", "deepseek-v3")
+    assert code == 0
+    for number in ("671,026,419,200", "37,552,297,472", "11,610,068,224", "71,424"):
+        assert number in out
+    assert "15,706,484,224" in dskjax("info", "deepseek-v2-lite")[1]
+    assert "5,164,064" in dskjax("info", EXAMPLE)[1]
+
+
+def test_logits_and_hidden_states(dskjax, tmp_path):
+    golden = np.load(GOLDENS / "v3_mtp" / "golden.npz")
+    np.save(tmp_path / "ids.npy", golden["ids"].astype(np.int64))
+    files = ("--ids", tmp_path / "ids.npy", "--out", tmp_path / "out.npy")
+    code, _, err = dskjax(
+        "logits", GOLDENS / "v3_mtp", *files, "--dtype", "float32", "--hidden", tmp_path / "h.npz"
+    )
+    assert code == 0, err
+    assert close(np.load(tmp_path / "out.npy"), golden["logits"])
+    hidden = np.load(tmp_path / "h.npz")
+    for name in ("embed", "layer_0", "layer_1", "final"):
+        assert close(hidden[name], golden[name]), name
+    assert np.array_equal(hidden["experts_1"], golden["experts_1"])
+    assert "experts_0" not in hidden  # a dense layer
+    dskjax("logits", GOLDENS / "v3_mtp", *files, "--dtype", "float32", "--mtp-depth", 2)
+    assert close(np.load(tmp_path / "out.npy"), golden["mtp_logits_2"])
+    dskjax("logits", GOLDENS / "v3_mtp", *files, "--dtype", "bfloat16")
+    rounded = np.load(tmp_path / "out.npy")
+    assert rounded.dtype == np.float32
+    assert 1e-4 < np.linalg.norm(rounded - golden["logits"]) / np.linalg.norm(rounded) < 0.1
+
+
+def test_generate_ids(dskjax, tmp_path):
+    golden = np.load(GOLDENS / "v3_mtp" / "golden.npz")
+    np.save(tmp_path / "ids.npy", golden["ids"][:, : int(golden["prompt_len"])])
+    count = golden["greedy"].shape[1]
+    code, _, err = dskjax(
+        *("generate", GOLDENS / "v3_mtp", "--ids", tmp_path / "ids.npy", "--max-tokens", count),
+        *("--temperature", 0, "--dtype", "float32", "--speculate", 3, "--ignore-eos"),
+        *("--out-ids", tmp_path / "new.npy"),
+    )
+    assert code == 0, err
+    assert np.array_equal(np.load(tmp_path / "new.npy"), golden["greedy"])
+    assert "accepted/drafted" in err
+
+
+def test_rows_are_padded_with_eos_after_they_stop(dskjax, tmp_path):
+    golden = np.load(GOLDENS / "v3_yarn" / "golden.npz")
+    source, folder = GOLDENS / "v3_yarn", tmp_path / "model"
+    folder.mkdir()
+    for file in source.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    eos = int(golden["greedy"][0, 5])
+    text = (folder / "config.json").read_text()
+    import json
+
+    config = json.loads(text) | {"eos_token_id": eos}
+    (folder / "config.json").write_text(json.dumps(config))
+    np.save(tmp_path / "ids.npy", golden["ids"][:, : int(golden["prompt_len"])])
+    count = golden["greedy"].shape[1]
+    code, _, err = dskjax(
+        *("generate", folder, "--ids", tmp_path / "ids.npy", "--max-tokens", count),
+        *("--dtype", "float32", "--out-ids", tmp_path / "new.npy"),
+    )
+    assert code == 0, err
+    expected = golden["greedy"].copy()
+    for row in expected:
+        stops = np.flatnonzero(row == eos)
+        if stops.size:
+            row[stops[0] :] = eos
+    assert np.array_equal(np.load(tmp_path / "new.npy"), expected)
+
+
+def test_generate_streams_text(dskjax):
+    code, out, err = dskjax(
+        *("generate", EXAMPLE, "--prompt", "def main():\n    ", "--max-tokens", 12),
+        *("--speculate", 1),
+    )
+    assert code == 0, err
+    assert len(out.strip()) > 10
+    assert "12 tokens" in err
+    code, out, err = dskjax("generate", EXAMPLE, "--chat", "Hello", "--thinking", "--max-tokens", 4)
+    assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["info", "deepseek-v9"], ["'deepseek-v9'", "presets", "deepseek-v3"]),
+        (["generate", EXAMPLE], ["exactly one of --prompt"]),
+        (["generate", EXAMPLE, "--prompt", "a", "--out-ids", "x.npy"], ["--out-ids needs --ids"]),
+        (["generate", EXAMPLE, "--prompt", "a", "--top-p", "2"], ["top_p=2"]),
+        (["generate", EXAMPLE, "--prompt", "a", "--max-tokens", "4000"], ["max_position"]),
+        (["generate", EXAMPLE / "none", "--prompt", "a"], ["none"]),
+        (["generate", GOLDENS / "v3_yarn", "--prompt", "a"], ["tokenizer.json"]),
+        (["logits", EXAMPLE, "--ids", "missing.npy", "--out", "o.npy"], ["missing.npy"]),
+        (["--cpu-devices", "-1", "info", "tiny-v3"], ["--cpu-devices -1"]),
+    ],
+)
+def test_bad_input_is_one_line_that_names_it(dskjax, arguments, words):
+    code, out, err = dskjax(*arguments)
+    assert code == 2
+    assert "Traceback" not in err
+    for word in words:
+        assert word in err.replace("\n", " "), err
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (np.zeros((2, 3), np.float32), "float32 (2, 3)"),
+        (np.zeros(3, np.int32), "int32 (3,)"),
+        (np.full((1, 3), 160), "id 160, outside 0..159"),
+        (np.full((1, 3), -1), "id -1"),
+        (np.zeros((1, 5000), np.int32), "rows of 5000 tokens"),
+        (np.array([["a"]], object), "is not a .npy array"),
+    ],
+)
+def test_bad_ids_are_refused(dskjax, tmp_path, array, words):
+    np.save(tmp_path / "ids.npy", array, allow_pickle=array.dtype == object)
+    code, _, err = dskjax(
+        *("logits", GOLDENS / "v3_yarn", "--ids", tmp_path / "ids.npy"),
+        *("--out", tmp_path / "out.npy"),
+    )
+    assert code == 2
+    assert words in err
+    assert not (tmp_path / "out.npy").exists()
