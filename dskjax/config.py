@@ -39,6 +39,8 @@ class MlaConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        if not self.norm_eps > 0:
+            raise ValueError(f"{self.norm_eps=} must be positive")
         if self.q_lora_rank is not None:
             _positive(self, "q_lora_rank")
         if self.qk_rope_head_dim % 2:
@@ -223,6 +225,8 @@ class ModelConfig:
             "num_attention_heads",
         )
         _positive(self, "max_position_embeddings")
+        if not self.rms_norm_eps > 0:
+            raise ValueError(f"{self.rms_norm_eps=} must be positive")
         if not 0 <= self.first_k_dense_replace <= self.num_hidden_layers:
             raise ValueError(
                 f"{self.first_k_dense_replace=} must lie in 0..{self.num_hidden_layers=}"

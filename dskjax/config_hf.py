@@ -34,7 +34,7 @@ IGNORED_FIELDS = frozenset(
         "id2label",
         "label2id",
         "unsloth_version",
-        "quantization_config",  # judged before this list; null here
+        "quantization_config",  # how weights are stored: the loader judges the tensors
     }
 )
 """Fields of public `config.json` files that do not change what the model computes."""
@@ -70,7 +70,8 @@ class _Fields:
 
     def integer(self, name: str, default: Any = _MISSING) -> Any:
         value = self.take(name, default)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        absent = value is None and default is None
+        if not absent and (isinstance(value, bool) or not isinstance(value, int)):
             raise ValueError(f"config.json field {name!r} = {value!r} must be an integer")
         return value
 
@@ -88,6 +89,12 @@ class _Fields:
         value = self.take(name, default)
         if not isinstance(value, bool):
             raise ValueError(f"config.json field {name!r} = {value!r} must be true or false")
+        return value
+
+    def table(self, name: str) -> dict[str, Any] | None:
+        value = self.take(name, None)
+        if value is not None and not isinstance(value, dict):
+            raise ValueError(f"config.json field {name!r} = {value!r} must be an object or null")
         return value
 
     def expect(self, name: str, *allowed: Any) -> None:
@@ -114,9 +121,9 @@ def from_hf(config: dict[str, Any]) -> ModelConfig:
     """
     fields = _Fields(dict(config))
     model_type = fields.take("model_type")
-    if model_type not in _ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in _ARCHITECTURES:
         reason = UNSUPPORTED_MODEL_TYPES.get(
-            model_type, "it is not a DeepSeek-V2-Lite or V3 family model"
+            str(model_type), "it is not a DeepSeek-V2-Lite or V3 family model"
         )
         raise NotImplementedError(
             f"model_type {model_type!r} is not supported: {reason}. Supported: "
@@ -130,13 +137,6 @@ def from_hf(config: dict[str, Any]) -> ModelConfig:
     fields.expect("ep_size", 1)
     fields.expect("pretraining_tp", 1)
     fields.expect("mtp_hidden_states_first", False)
-    if fields.left.get("quantization_config") is not None:
-        method = fields.left["quantization_config"].get("quant_method")
-        raise NotImplementedError(
-            f"config.json field 'quantization_config' (quant_method {method!r}): quantized "
-            "checkpoints are not loaded yet; "
-            "convert the checkpoint to bf16 first"
-        )
     heads = fields.integer("num_attention_heads")
     kv_heads = fields.integer("num_key_value_heads", heads)
     if kv_heads not in (heads, None):
@@ -148,6 +148,10 @@ def from_hf(config: dict[str, Any]) -> ModelConfig:
     moe = _moe_from_hf(fields, model_type)
     eos = fields.take("eos_token_id", None)
     eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+    if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in eos_ids):
+        raise ValueError(
+            f"config.json field 'eos_token_id' = {eos!r} must be an id or a list of ids"
+        )
     mla = MlaConfig(
         q_lora_rank=fields.integer("q_lora_rank", None),
         kv_lora_rank=fields.integer("kv_lora_rank"),
@@ -247,8 +251,7 @@ def _moe_from_hf(fields: _Fields, model_type: str) -> MoeConfig | None:
 
 
 def _rope_from_hf(fields: _Fields) -> RopeConfig:
-    scaling = fields.take("rope_scaling", None)
-    parameters = fields.take("rope_parameters", None)
+    scaling, parameters = fields.table("rope_scaling"), fields.table("rope_parameters")
     theta = fields.take("rope_theta", None)
     source = dict(parameters if parameters is not None else scaling or {})
     if parameters is not None and scaling is not None and {**scaling, **source} != source:
@@ -257,9 +260,8 @@ def _rope_from_hf(fields: _Fields) -> RopeConfig:
             "which disagree"
         )
     inner = _Fields(source)
-    theta = inner.take("rope_theta", theta)
-    if theta is None:
-        theta = 10000.0
+    outer = 10000.0 if theta is None else theta
+    theta = inner.number("rope_theta", outer)
     inner.expect("partial_rotary_factor", 1.0, 1, None)
     kind = inner.take("rope_type", None) or inner.left.get("type") or "default"
     legacy = inner.left.pop("type", kind)
@@ -285,7 +287,7 @@ def _rope_from_hf(fields: _Fields) -> RopeConfig:
     if inner.left:
         raise ValueError(f"unknown rotary settings {inner.left} in config.json")
     return RopeConfig(
-        rope_theta=float(theta), rope_interleave=fields.boolean("rope_interleave", True), yarn=yarn
+        rope_theta=theta, rope_interleave=fields.boolean("rope_interleave", True), yarn=yarn
     )
 
 

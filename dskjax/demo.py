@@ -30,7 +30,10 @@ PROMPTS = (
     'import os\n\n\ndef read_config(path):\n    """Read the configuration file',
     "He walked slowly along the road, and when he came to the house",
 )
-CHAT = "Your task is to convert a number between two different bases.\n\nConvert the base-2 number 1101 to base-10"
+CHAT = (
+    "Your task is to convert a number between two different bases.\n\n"
+    "Convert the base-2 number 1101 to base-10"
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -95,9 +95,22 @@ def embed(params: Params, token_ids: Int[Array, "*T"]) -> Float[Array, "*T D"]:
     pass unnoticed.
     """
     with jax.named_scope("embed"):
-        return jnp.take(
-            params["embed_tokens"]["weight"], token_ids, axis=0, mode="fill", fill_value=jnp.nan
-        )
+        return _lookup(params["embed_tokens"]["weight"], token_ids)
+
+
+@jax.custom_vjp
+def _lookup(weight: jax.Array, token_ids: jax.Array) -> jax.Array:
+    return jnp.take(weight, token_ids, axis=0, mode="fill", fill_value=jnp.nan)
+
+
+def _lookup_backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, None]:
+    weight, token_ids = saved
+    # fp32: a bf16 sum over the thousands of places of a frequent token would stop growing.
+    total = jnp.zeros(weight.shape, jnp.float32).at[token_ids].add(grad.astype(jnp.float32))
+    return total.astype(weight.dtype), None
+
+
+_lookup.defvjp(lambda weight, ids: (_lookup(weight, ids), (weight, ids)), _lookup_backward)
 
 
 def head(params: Params, hidden: Float[Array, "*T D"], *, cfg: ModelConfig) -> Float[Array, "*T X"]:
@@ -163,7 +176,7 @@ def trunk(
     attend = attention.over_sequences(tables, plan, cfg, impl)
 
     def pin(x: jax.Array) -> jax.Array:
-        return x if sharding is None else sharding.constrain(x, ("batch", "embed"))
+        return x if sharding is None else sharding.constrain(x, ("batch", None))
 
     def layer(
         x: jax.Array, weights: Params, experts: bool

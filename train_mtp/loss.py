@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dskjax.axes import Rules, Sharding
+from dskjax.axes import Sharding
 from dskjax.config import ModelConfig
 from dskjax.model import Remat, mtp_chain, param_specs, trunk
 from dskjax.params import Params, cast
@@ -221,7 +221,7 @@ def loss_sums(
     )
     depths = cfg.mtp.num_nextn_predict_layers
 
-    out = trunk(compute, tokens, sharding=_of_rows(sharding), **options)
+    out = trunk(compute, tokens, sharding=sharding, **options)
     hidden, loads = [out.hidden], {}
     if out.experts is not None:
         loads["moe_layers"] = count_loads(out.experts, (segment_ids > 0)[None], cfg)
@@ -250,14 +250,6 @@ def loss_sums(
         agree=over_valid(x.best == shift_left(best, k) for k, x in enumerate(losses)),
         loads=loads,
     )
-
-
-def _of_rows(sharding: Sharding | None) -> Sharding | None:
-    """The sharding of activations: FSDP splits weights along `embed`, activations only by rows."""
-    if sharding is None:
-        return None
-    rules = {axis: part for axis, part in sharding.rules.of if axis != "embed"}
-    return Sharding(sharding.mesh, Rules.make(rules))
 
 
 def count_loads(

@@ -18,7 +18,6 @@ import numpy as np
 from dskjax.batch import RaggedBatch
 from dskjax.cache import init_cache
 from dskjax.config import ModelConfig
-from dskjax.decode.acceptance import Rule
 from dskjax.decode.sampling import SamplingParams
 from dskjax.decode.stats import AcceptanceStats
 from dskjax.decode.step import DecodeConfig, DecodeState, StepOutput, decode_step, prefill, start
@@ -76,7 +75,7 @@ def generate(
     *,
     max_tokens: int,
     sampling: SamplingParams | None = None,
-    rule: Rule = "rejection",
+    rule: str = "rejection",
     drafts: int = 0,
     ignore_eos: bool = False,
     page_size: int = 64,

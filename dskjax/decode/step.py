@@ -14,7 +14,7 @@ never samples.
 
 import dataclasses
 import typing
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ class DecodeConfig:
         cls,
         cfg: ModelConfig,
         *,
-        rule: Rule = "rejection",
+        rule: str = "rejection",
         drafts: int = 0,
         eos_ids: tuple[int, ...] | None = None,
         impl: str = "auto",
@@ -72,7 +72,7 @@ class DecodeConfig:
             raise ValueError(f"unknown acceptance rule {rule!r}; choose one of {', '.join(RULES)}")
         spec = DraftSpec.make(cfg, drafts, sampled=rule != "strict" and drafts > 0)
         return cls(
-            rule=rule,
+            rule=cast(Rule, rule),
             spec=spec,
             eos_ids=cfg.eos_token_id if eos_ids is None else eos_ids,
             impl=impl,

@@ -43,6 +43,34 @@ class Gate(Module):
         )
 
 
+@jax.custom_vjp
+def _copies(x: jax.Array, order: jax.Array, back: jax.Array) -> jax.Array:
+    """Rows of x, each as often as `order` is longer than x, in that order; backwards a sum."""
+    return x[order // (order.shape[0] // x.shape[0])]
+
+
+def _copies_backward(
+    saved: tuple[jax.Array, jax.Array], grad: jax.Array
+) -> tuple[jax.Array, None, None]:
+    x, back = saved
+    grad_tkd = grad[back].reshape(x.shape[0], -1, x.shape[1])
+    return grad_tkd.astype(jnp.float32).sum(axis=1).astype(x.dtype), None, None
+
+
+_copies.defvjp(lambda x, order, back: (_copies(x, order, back), (x, back)), _copies_backward)
+
+
+@jax.custom_vjp
+def _reorder(x: jax.Array, order: jax.Array, back: jax.Array) -> jax.Array:
+    """x[order], where `back` undoes `order`."""
+    return x[order]
+
+
+_reorder.defvjp(
+    lambda x, order, back: (x[order], back), lambda back, grad: (grad[back], None, None)
+)
+
+
 class Experts(Module):
     """The routed experts: rows sorted by expert, two grouped products, and an fp32 weighted sum per
     token.
@@ -67,13 +95,14 @@ class Experts(Module):
         tokens, per_token = experts.shape
         flat = experts.reshape(-1)
         order = jnp.argsort(flat, stable=True)
-        sizes = jnp.bincount(flat, length=self.down_proj[...].shape[0]).astype(jnp.int32)
-        hidden = swiglu(
-            grouped_matmul(x[order // per_token], self.gate_up_proj[...], sizes, impl=impl)
-        )
-        out_md = grouped_matmul(hidden, self.down_proj[...], sizes, impl=impl)
         back = jnp.argsort(order)  # where each (token, k) went
-        out_tkd = out_md[back].reshape(tokens, per_token, -1).astype(jnp.float32)
+        # A comparison, not a bincount: no scatter of a whole batch into a few bins.
+        is_of_expert = flat[:, None] == jnp.arange(self.down_proj[...].shape[0])
+        sizes = is_of_expert.sum(axis=0, dtype=jnp.int32)
+        rows_md = _copies(x, order, back)
+        hidden = swiglu(grouped_matmul(rows_md, self.gate_up_proj[...], sizes, impl=impl))
+        out_md = grouped_matmul(hidden, self.down_proj[...], sizes, impl=impl)
+        out_tkd = _reorder(out_md, back, order).reshape(tokens, per_token, -1).astype(jnp.float32)
         return jnp.einsum(
             "tkd,tk->td", out_tkd, weights.astype(jnp.float32), precision="highest"
         ).astype(x.dtype)

@@ -1,8 +1,14 @@
-"""`grouped_matmul` in plain JAX: one batched product over a buffer of equal capacity per group.
+"""`grouped_matmul` in plain JAX: one batched product over blocks of rows that share an expert.
 
-`lax.ragged_dot` is not used: on a GPU it computes every row with every expert. Groups are copied
-into [E, capacity, K] with capacity = twice the mean group; when a group is larger, the whole call
-takes a slower path that walks the experts one by one, so no row is ever dropped.
+`lax.ragged_dot` is not used: on a GPU it computes every row with every expert. Each group is padded
+to whole blocks, at most E * (block - 1) rows of padding in all, and every block is multiplied with
+its expert's weight: no row is dropped, nothing branches, and the cost does not depend on balance.
+Rows are moved by gathers in both directions, so there is no scatter and a GPU repeats its bits.
+
+The weight's gradient is an fp32 [N, K] per block before it is summed per expert. Where that takes
+more than `BLOCK_SUMS_BYTES`, groups are copied into [E, capacity, K] instead, capacity = twice the
+mean group; when a group is larger, that path walks the experts one by one. (Its branch may hold
+collectives when rows are sharded, which XLA:CPU can run out of order and hang on.)
 """
 
 import jax
@@ -11,6 +17,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.quant import QTensor, dequantise
 
+BLOCK_SUMS_BYTES = 1 << 30
+"""The most that one call's weight gradients per block may take."""
 CAPACITY_FACTOR = 2.0
 """Capacity of a group over the mean group size."""
 
@@ -21,6 +29,13 @@ def grouped_matmul(
     """See `api.grouped_matmul`."""
     rows, experts = x.shape[0], w.shape[0]
     group_sizes = group_sizes.astype(jnp.int32)
+    block = _block_rows(rows, experts)
+    blocks = -(-rows // block) + experts
+    sums = 4 * blocks * x.shape[-1]
+    for size in w.shape[1:-1]:
+        sums *= size
+    if sums <= BLOCK_SUMS_BYTES:
+        return _by_block(x, w, group_sizes, block, blocks)
     starts = jnp.cumsum(group_sizes) - group_sizes
     x = jnp.where((jnp.arange(rows) < group_sizes.sum())[:, None], x, 0)
     capacity = min(rows, -(-int(CAPACITY_FACTOR * rows / experts) // 8) * 8 + 8)
@@ -31,6 +46,71 @@ def grouped_matmul(
         lambda: _by_capacity(x, w, group_sizes, starts, capacity),
         lambda: _by_expert(x, w, group_sizes, starts),
     )
+
+
+def _block_rows(rows: int, experts: int) -> int:
+    """A power of two below a quarter of the mean group, in 8..512."""
+    target = max(8, min(512, rows // (4 * experts)))
+    return 1 << (target.bit_length() - 1)
+
+
+def _by_block(
+    x: jax.Array, w: jax.Array | QTensor, sizes: jax.Array, block: int, blocks: int
+) -> jax.Array:
+    rows, experts = x.shape[0], w.shape[0]
+    starts, blocks_e = jnp.cumsum(sizes) - sizes, -(-sizes // block)
+    first_e = jnp.cumsum(blocks_e) - blocks_e
+    number = jnp.arange(blocks)
+    expert_b = jnp.searchsorted(first_e + blocks_e, number, side="right")
+    expert_b = jnp.minimum(expert_b, experts - 1)
+    within = (number - first_e[expert_b])[:, None] * block + jnp.arange(block)
+    source = jnp.where(  # row of each padded row; `rows` = none
+        within < sizes[expert_b][:, None], starts[expert_b][:, None] + within, rows
+    ).reshape(-1)
+    row = jnp.arange(rows)
+    expert_m = jnp.searchsorted(starts + sizes, row, side="right")
+    expert_m = jnp.minimum(expert_m, experts - 1)
+    target = first_e[expert_m] * block + row - starts[expert_m]  # padded row of each row
+    target = jnp.where(row < sizes.sum(), target, blocks * block)
+
+    weights = dequantise(w, x.dtype).reshape(experts, -1, w.shape[-1])
+    out = _multiply(_move(x, source, target).reshape(blocks, block, -1), weights, expert_b)
+    out = _move(out.reshape(blocks * block, -1), target, source)
+    return out.reshape(rows, *w.shape[1:-1])
+
+
+@jax.custom_vjp
+def _move(x: jax.Array, source: jax.Array, target: jax.Array) -> jax.Array:
+    """out[i] = x[source[i]], 0 where that is past the end; `target` undoes `source`."""
+    return x.at[source].get(mode="fill", fill_value=0)
+
+
+_move.defvjp(
+    lambda x, source, target: (_move(x, source, target), (source, target)),
+    lambda saved, grad: (_move(grad, saved[1], saved[0]), None, None),
+)
+
+
+@jax.custom_vjp
+def _multiply(x_bmk: jax.Array, w_enk: jax.Array, expert_b: jax.Array) -> jax.Array:
+    """Each block of rows times its expert's weight."""
+    out = jnp.einsum("bmk,bnk->bmn", x_bmk, w_enk[expert_b], preferred_element_type=jnp.float32)
+    return out.astype(x_bmk.dtype)
+
+
+def _multiply_backward(
+    saved: tuple[jax.Array, jax.Array, jax.Array], grad_bmn: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+    x_bmk, w_enk, expert_b = saved
+    fp32 = {"preferred_element_type": jnp.float32}
+    dx = jnp.einsum("bmn,bnk->bmk", grad_bmn, w_enk[expert_b], **fp32)
+    dw_bnk = jnp.einsum("bmn,bmk->bnk", grad_bmn, x_bmk, **fp32)
+    is_mine_eb = jnp.arange(w_enk.shape[0])[:, None] == expert_b
+    dw = jnp.einsum("eb,bnk->enk", is_mine_eb.astype(jnp.float32), dw_bnk, precision="highest")
+    return dx.astype(x_bmk.dtype), dw.astype(w_enk.dtype), None
+
+
+_multiply.defvjp(lambda x, w, e: (_multiply(x, w, e), (x, w, e)), _multiply_backward)
 
 
 def _by_capacity(

@@ -48,8 +48,8 @@ def mla_prefill(
         impl: "auto", "reference", "xla" or "cudnn".
 
     Returns:
-        out [T, H, V] in the query dtype and lse [T, H] float32, which may be None without `with_lse`;
-        0 and -inf for a query that sees nothing.
+        out [T, H, V] in the query dtype and lse [T, H] float32, which may be None without
+        `with_lse`; 0 and -inf for a query that sees nothing.
 
     Raises:
         ValueError: T or S is not a multiple of `plan.rows`.

@@ -230,7 +230,8 @@ def check_idle(form, length=0):
     """Sequences of length 0 with rows all the same: nothing of the pool changes."""
     t, pages = tiny(), Pages.make(tiny().cfg)
     before = jax.tree.map(np.array, pages.cache)
-    batch = ragged(pages, t.tokens, [0, 0, 0], [3, 3, 3], ROWS, form)
+    # No NaN in padding here: it would hide rows that are written to a wrong place.
+    batch = ragged(pages, t.tokens, [0, 0, 0], [3, 3, 3], ROWS, form, poison_id=5)
     batch = dataclasses.replace(batch, cached_lens=jnp.full(3, length, jnp.int32))
     _, cache = run_forward(t.cfg)(t.params, pages.cache, batch)
     jax.tree.map(assert_equal, cache, before)
@@ -330,6 +331,9 @@ def mtp_rows(chunks, form="absorbed", change=None):
             done += new
         hidden = np.concatenate(rows)
         out.append(hidden)
+        layer = t.cfg.num_hidden_layers + k - 1
+        np.testing.assert_array_equal(pages.written(layer), pages.expected([0, 0, n - k]))
+        assert not pages.written(layer - k).any(), "the trunk's layers are not touched"
     return out
 
 

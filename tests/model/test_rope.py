@@ -77,6 +77,11 @@ def test_golden_softmax_scale(cfg, want):
     check_softmax_scale(cfg, want)
 
 
+def test_softmax_scale_follows_mscale_all_dim_alone():
+    yarn = dataclasses.replace(V3.rope.yarn, mscale_all_dim=0.707)
+    check_softmax_scale(dataclasses.replace(V3, rope=RopeConfig(yarn=yarn)), 0.1147213868)
+
+
 def test_golden_softmax_scale_without_yarn():
     check_softmax_scale(dataclasses.replace(V3, rope=RopeConfig(rope_theta=5e4)), 0.0721687836)
 
