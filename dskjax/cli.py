@@ -14,6 +14,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="DeepSeek-V3 family models in JAX: inspect, compare, pre-train, generate with MTP drafts.",
 )
+train_mtp = typer.Typer(no_args_is_help=True, help="MTP heads: evaluate drafts on held-out text.")
+app.add_typer(train_mtp, name="train-mtp")
 _err = Console(stderr=True)
 
 
@@ -126,11 +128,10 @@ def generate(
     if out_ids is not None and ids is None:
         raise ValueError("--out-ids needs --ids")
     params, cfg = _load(model, dtype)
-    name = ("strict" if temperature == 0 else "rejection") if rule is RuleName.auto else rule.value
     options: dict[str, Any] = {
         "max_tokens": max_tokens,
         "drafts": speculate,
-        "rule": name,
+        "rule": _rule(rule, temperature),
         "ignore_eos": ignore_eos,
         "impl": impl,
     }
@@ -235,6 +236,75 @@ def pretrain(
         impl=impl,
     )
     _err.print(f"exported {run(config)}", soft_wrap=True)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the plot.")] = Path("runs/demo"),
+) -> None:
+    """The shipped small model answers, with and without speculation; a table and a plot."""
+    from dskjax.demo import run
+
+    run(Console(), out)
+
+
+@train_mtp.command()
+def evaluate(
+    model: ModelDir,
+    text: Annotated[list[str], typer.Option(help="Held-out files, KIND=PATH or plain; repeat.")],
+    drafts: Annotated[int, typer.Option(help="Tokens drafted a step.")] = 1,
+    temperature: Annotated[float, typer.Option(help="Of target and drafts.")] = 0.6,
+    rule: Annotated[RuleName, typer.Option(help="Acceptance rule.")] = RuleName.auto,
+    prompts: Annotated[int, typer.Option(help="Prompts per kind of text.")] = 32,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 64,
+    max_tokens: Annotated[int, typer.Option(help="New tokens per prompt.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    json_out: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures here, not to stdout.")
+    ] = None,
+    dtype: DtypeOption = None,
+    impl: ImplOption = "auto",
+) -> None:
+    """Acceptance of drafts on held-out text, by real speculative decoding, by kind of text."""
+    import json
+
+    import jax
+
+    from dskjax.tokenizer import Tokenizer
+    from train_mtp.acceptance import measure, prompts_of
+    from train_mtp.evaluation import documents_by_kind
+
+    params, cfg = _load(model, dtype)
+    tokenizer = Tokenizer.load(model)
+    kinds = {
+        kind: prompts_of(documents, tokenizer, count=prompts, length=prompt_tokens)
+        for kind, documents in documents_by_kind(text, tokenizer=tokenizer).items()
+    }
+    name = _rule(rule, temperature)
+    figures = measure(
+        params,
+        cfg,
+        kinds,
+        drafts=drafts,
+        temperature=temperature,
+        rule=name,
+        max_tokens=max_tokens,
+        seed=seed,
+        impl=impl,
+    )
+    settings = {"model": model.name, "drafts": drafts, "temperature": temperature, "rule": name}
+    report = json.dumps({**settings, "device": jax.devices()[0].device_kind, **figures}, indent=2)
+    if json_out is None:
+        print(report)
+    else:
+        json_out.parent.mkdir(parents=True, exist_ok=True)
+        json_out.write_text(report + "\n")
+
+
+def _rule(rule: RuleName, temperature: float) -> str:
+    if rule is RuleName.auto:
+        return "strict" if temperature == 0 else "rejection"
+    return rule.value
 
 
 def _write(text: str) -> None:

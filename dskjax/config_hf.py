@@ -121,7 +121,7 @@ def from_hf(config: dict[str, Any]) -> ModelConfig:
     """
     fields = _Fields(dict(config))
     model_type = fields.take("model_type")
-    if not isinstance(model_type, str) or model_type not in _ARCHITECTURES:
+    if str(model_type) not in _ARCHITECTURES:  # str: a list has no hash
         reason = UNSUPPORTED_MODEL_TYPES.get(
             str(model_type), "it is not a DeepSeek-V2-Lite or V3 family model"
         )

@@ -146,7 +146,8 @@ def plot(rows: Sequence[Row], path: Path) -> Path:
     speed.set(xlabel="drafts a step", ylabel="tokens/s (all prompts)", title="speed")
     for row in rows[1:]:
         rates = row.result.stats.per_position
-        acceptance.plot(range(1, len(rates) + 1), rates, marker="o", label=f"{row.drafts} drafts")
+        style = {"marker": "o", "markersize": 12 - 2 * row.drafts}  # equal rates stay visible
+        acceptance.plot(range(1, len(rates) + 1), rates, label=f"{row.drafts} drafts", **style)
     acceptance.set(
         xlabel="draft position", ylabel="P(accepted up to here)", ylim=(0, 1.05), title="acceptance"
     )

@@ -33,7 +33,7 @@ class Generation:
     Attributes:
         tokens: new ids of each prompt; an eos that ended it is the last of them.
         finish_reasons: "stop" (eos) or "length".
-        stats: acceptance, counted over all prompts.
+        per_prompt: acceptance, counted for each prompt.
         ties: greedy choices whose two best logits were closer than `dskjax.decode.step.TIE_GAP`.
         prefill_seconds: wall time of prefill and first drafts, compilation included.
         decode_seconds: wall time of the decode loop, compilation included.
@@ -41,10 +41,18 @@ class Generation:
 
     tokens: list[list[int]]
     finish_reasons: list[FinishReason]
-    stats: AcceptanceStats
+    per_prompt: list[AcceptanceStats]
     ties: int
     prefill_seconds: float
     decode_seconds: float
+
+    @property
+    def stats(self) -> AcceptanceStats:
+        """Acceptance over all prompts."""
+        total = AcceptanceStats()
+        for one in self.per_prompt:
+            total.merge(one)
+        return total
 
 
 class Programs(NamedTuple):
@@ -111,7 +119,12 @@ def generate(
     )
     sampling = sampling or SamplingParams.make(len(prompts), temperature=0.0)
     result = Generation(
-        [[] for _ in prompts], ["length"] * len(prompts), AcceptanceStats(), 0, 0.0, 0.0
+        tokens=[[] for _ in prompts],
+        finish_reasons=["length"] * len(prompts),
+        per_prompt=[AcceptanceStats() for _ in prompts],
+        ties=0,
+        prefill_seconds=0.0,
+        decode_seconds=0.0,
     )
     begun = time.perf_counter()
     state = prefill_prompts(
@@ -208,11 +221,13 @@ def _read(
 ) -> int:
     """Takes a step's tokens to the host; returns how many sequences ended in it."""
     out = jax.device_get(output)
-    result.stats.update(out.accepted + 1, drafted=out.offered, emitted=out.count, active=out.active)
     result.ties += int(out.ties.sum())
     for index in np.flatnonzero(out.active):
         new = out.tokens[index, : out.count[index]].tolist()
         result.tokens[index].extend(new)
+        result.per_prompt[index].update(
+            out.accepted[index] + 1, drafted=out.offered[index], emitted=out.count[index]
+        )
         if out.finished[index] and new and new[-1] in config.eos_ids:
             result.finish_reasons[index] = "stop"
         if on_tokens is not None:

@@ -19,6 +19,7 @@ from tests.tolerances import LAYER
 
 T = 23
 LAYER_1 = "model.layers.1.mlp."
+PARTS = ("gate", "up", "down")
 
 
 @functools.cache
@@ -57,6 +58,34 @@ def check(name, change=lambda params: params, impl="reference"):
 )
 def test_matches_oracle(name, impl):
     check(name, impl=impl)
+
+
+def test_gradient_matches_finite_differences():
+    """Moves x and the experts' weights along random directions; the oracle is float64."""
+    t, (cfg, params, x) = tiny(), inputs("tiny-v3")
+    rng, step = np.random.default_rng(8), 1e-6
+    dy, dx = rng.standard_normal(x.shape), rng.standard_normal(x.shape)
+    names = [f"{LAYER_1}experts.{e}.{part}_proj.weight" for e in range(16) for part in PARTS]
+    moved = {name: rng.standard_normal(t.raw[name].shape) for name in names}
+
+    def loss(p, x):
+        return (bind(Moe, p, cfg.hidden_size, cfg.moe)(x, impl="xla")[0] * dy).sum()
+
+    dp, got_x = jit(jax.grad(loss, argnums=(0, 1)))(params, jnp.asarray(x, jnp.float32))
+    gate, up, down = (
+        np.stack([moved[f"{LAYER_1}experts.{e}.{part}_proj.weight"] for e in range(16)])
+        for part in PARTS
+    )
+    got_w = np.vdot(dp["experts"]["gate_up_proj"], np.stack([gate, up], 1))
+    got_w += np.vdot(dp["experts"]["down_proj"], down)
+
+    def at(s, along_x, along_w):
+        raw = t.raw | {name: t.raw[name] + s * along_w * d for name, d in moved.items()}
+        return (deepseek.moe(raw, LAYER_1, x + s * along_x * dx, t.hf)[0] * dy).sum()
+
+    for got, along in ((np.vdot(got_x, dx), (1, 0)), (got_w, (0, 1))):
+        want = (at(step, *along) - at(-step, *along)) / (2 * step)
+        assert got == pytest.approx(want, rel=1e-4)
 
 
 def test_some_expert_has_no_token_and_some_have_many():

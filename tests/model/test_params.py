@@ -236,6 +236,14 @@ def test_tied_embeddings_have_no_head():
     )
 
 
+def test_embedding_gradients_are_summed_in_fp32():
+    """1000 places of one token in bf16, whose own sums stop at 256; ids outside count nowhere."""
+    table = {"embed_tokens": {"weight": jnp.zeros((4, 2), jnp.bfloat16)}}
+    ids = jnp.asarray([1] * 1000 + [3, 4])
+    grad = jax.grad(lambda p: model.embed(p, ids).sum())(table)["embed_tokens"]["weight"]
+    np.testing.assert_array_equal(np.float32(grad)[:, 0], [0, 1000, 0, 1])
+
+
 def test_quantized_weights_are_one_leaf():
     q = quantise(jnp.ones((2, 128)), quant.INT4_GROUP)
     tree = {"a": q, "b": jnp.ones(3)}

@@ -199,8 +199,10 @@ NIBBLES = "kernels/test_quant.py::test_golden_bytes_see_another_nibble_order"
 QUANTIZER = "kernels/test_act_quant.py::test_matches_oracle"
 PREFIX_HIT = "model/test_pitfalls.py::test_the_last_slot_of_a_matched_prefix_is_recomputed"
 ACCEPTANCE = "decode/test_acceptance.py::"
-LOSSLESS = ACCEPTANCE + "test_rule_is_lossless_by_enumeration"
-BUG_SEEN = ACCEPTANCE + "test_planted_bug_is_seen"
+ENUMERATION = "decode/test_lossless.py::"
+LOSSLESS = ENUMERATION + "test_rule_is_lossless_by_enumeration"
+BUG_SEEN = ENUMERATION + "test_planted_bug_is_seen"
+STATS = "decode/test_stats.py::"
 
 TABLE = [
     Pitfall(1, "interleaved rotary rows rotated as halves", TRUNK, raw_rotary_rows),
@@ -252,7 +254,7 @@ TABLE = [
         16,
         "q of verification is not the q drafts were drawn from",
         LOSSLESS,
-        ACCEPTANCE + "test_wrong_q_temperature_is_seen",
+        ENUMERATION + "test_wrong_q_temperature_is_seen",
     ),
     Pitfall(17, "bonus or residual from another law", LOSSLESS, BUG_SEEN),
     Pitfall(
@@ -264,8 +266,8 @@ TABLE = [
     Pitfall(
         19,
         "acceptance without the name of its metric",
-        ACCEPTANCE + "test_stats_name_each_metric",
-        ACCEPTANCE + "test_stats_refuse_impossible_counts",
+        STATS + "test_stats_name_each_metric",
+        STATS + "test_stats_refuse_impossible_counts",
     ),
     Pitfall(
         21,
