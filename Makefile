@@ -35,6 +35,8 @@ lint: setup
 
 # The total is printed by tests/conftest.py, so that pytest's closing line stays the last one.
 test: export DSKJAX_TEST_STARTED := $(shell date +%s)
+# Half the compile time at LLVM's lowest level; test-full compiles as users do.
+test: export XLA_FLAGS := $(if $(filter gpu,$(DSKJAX_TEST_PLATFORM)),,--xla_backend_optimization_level=0) $(XLA_FLAGS)
 test: lint
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 

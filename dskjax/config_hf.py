@@ -209,6 +209,8 @@ def _dense_layers(fields: _Fields, layers: int, moe: MoeConfig | None) -> int:
 
 def _moe_from_hf(fields: _Fields, model_type: str) -> MoeConfig | None:
     v3 = model_type == "deepseek_v3"
+    if v3 and "n_routed_experts" not in fields.left:  # null says that there are none
+        raise ValueError("config.json has no field 'n_routed_experts', which this model type needs")
     experts = fields.integer("n_routed_experts", None)
     local = fields.left.pop("num_local_experts", None)
     if local not in (None, experts):

@@ -100,7 +100,8 @@ def embed(params: Params, token_ids: Int[Array, "*T"]) -> Float[Array, "*T D"]:
 
 @jax.custom_vjp
 def _lookup(weight: jax.Array, token_ids: jax.Array) -> jax.Array:
-    return jnp.take(weight, token_ids, axis=0, mode="fill", fill_value=jnp.nan)
+    inside = jnp.where(token_ids < 0, weight.shape[0], token_ids)  # -1 would mean the last row
+    return jnp.take(weight, inside, axis=0, mode="fill", fill_value=jnp.nan)
 
 
 def _lookup_backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, None]:

@@ -20,6 +20,8 @@ if PLATFORM not in ("cpu", "gpu"):
 # Both must be set before anything asks JAX for a device, so no import of ours may do that.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu" if PLATFORM == "cpu" else "cuda,cpu")
+# A GPU multiplies fp32 in tf32 unless told otherwise, as the command line's --dtype float32 does.
+jax.config.update("jax_default_matmul_precision", None if PLATFORM == "cpu" else "highest")
 
 # No persistent compilation cache: a stale or foreign entry would make a test pass or fail for
 # reasons that are not in the tree.

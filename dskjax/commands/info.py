@@ -79,7 +79,7 @@ def describe(cfg: ModelConfig) -> list[tuple[str, str]]:
     return rows
 
 
-def human_bytes(size: float) -> str:
+def human_bytes(size: int | float) -> str:
     """A size with a decimal unit (1 GB = 10^9 bytes)."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if size < 1000:

@@ -75,12 +75,6 @@ CASES = {
     "config of another model": damage(
         config(model_type="llama"), "config.json: ", "'llama'", error=NotImplementedError
     ),
-    "quantized config": damage(
-        config(quantization_config={"quant_method": "fp8"}),
-        "config.json: ",
-        "convert the checkpoint to bf16 first",
-        error=NotImplementedError,
-    ),
     "no weights": damage(
         remove("*.safetensors", INDEX),
         "has no weights: expected model.safetensors, or model.safetensors.index.json",

@@ -18,6 +18,7 @@ from tests.decode.toy import PROMPTS, toy
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 NEW = 18
+SHAPES = {"max_tokens": NEW, "page_size": 5, "chunk": 8}  # shared: a shape compiles once
 
 
 @functools.cache
@@ -41,9 +42,7 @@ def one_by_one(modules):
 )
 def test_greedy_text_is_that_of_the_plain_model(modules, drafts, rule):
     params, cfg = toy(modules)
-    result = generate(
-        params, cfg, PROMPTS, max_tokens=NEW, drafts=drafts, rule=rule, page_size=5, chunk=8
-    )
+    result = generate(params, cfg, PROMPTS, drafts=drafts, rule=rule, **SHAPES)
     assert result.ties == 0
     assert result.tokens == one_by_one(modules)
     assert result.stats.emitted == NEW * len(PROMPTS)
@@ -72,7 +71,7 @@ def test_strict_sampling_gives_the_same_text_for_every_number_of_drafts():
     )
     texts = [
         generate(
-            params, cfg, PROMPTS, max_tokens=NEW, drafts=drafts, rule="strict", sampling=sampling
+            params, cfg, PROMPTS, drafts=drafts, rule="strict", sampling=sampling, **SHAPES
         ).tokens
         for drafts in (0, 1, 3)
     ]
@@ -82,7 +81,7 @@ def test_strict_sampling_gives_the_same_text_for_every_number_of_drafts():
 
 def test_a_request_gives_the_same_text_in_any_batch():
     params, cfg = toy(1)
-    options = {"max_tokens": NEW, "drafts": 2, "rule": "rejection", "page_size": 5}
+    options = {"drafts": 1, "rule": "rejection", **SHAPES}
     together = generate(
         params,
         cfg,
@@ -102,7 +101,7 @@ def test_a_request_gives_the_same_text_in_any_batch():
 
 def test_chunked_prefill_changes_nothing():
     params, cfg = toy(3)
-    options = {"max_tokens": NEW, "drafts": 3, "rule": "strict", "page_size": 5}
+    options = {"max_tokens": NEW, "drafts": 2, "rule": "strict", "page_size": 5}
     texts = [generate(params, cfg, PROMPTS, chunk=chunk, **options).tokens for chunk in (8, 512)]
     assert texts[0] == texts[1] == one_by_one(3)
 
@@ -112,22 +111,13 @@ def test_eos_inside_accepted_drafts_ends_the_text():
     plain = one_by_one(1)
     for eos in range(cfg.vocab_size):
         with_eos = dataclasses.replace(cfg, eos_token_id=(eos,))
-        result = generate(
-            params, with_eos, PROMPTS, max_tokens=NEW, drafts=3, rule="strict", page_size=5
-        )
+        result = generate(params, with_eos, PROMPTS, drafts=3, rule="strict", **SHAPES)
         for text, found, reason in zip(plain, result.tokens, result.finish_reasons, strict=True):
             stops = eos in text
             assert found == (text[: text.index(eos) + 1] if stops else text)
             assert reason == ("stop" if stops else "length")
         ignored = generate(
-            params,
-            with_eos,
-            PROMPTS,
-            max_tokens=NEW,
-            drafts=3,
-            rule="strict",
-            page_size=5,
-            ignore_eos=True,
+            params, with_eos, PROMPTS, drafts=3, rule="strict", ignore_eos=True, **SHAPES
         )
         assert ignored.tokens == plain
         if any(eos in text for text in plain):
@@ -137,8 +127,9 @@ def test_eos_inside_accepted_drafts_ends_the_text():
 
 def test_one_program_serves_every_step():
     params, cfg = toy(1)
-    config = DecodeConfig.make(cfg, rule="strict", drafts=2, eos_ids=())
-    generate(params, cfg, PROMPTS, max_tokens=NEW, drafts=2, rule="strict")
+    config = DecodeConfig.make(cfg, rule="strict", drafts=3, eos_ids=())
+    programs.cache_clear()
+    generate(params, cfg, PROMPTS, drafts=3, rule="strict", **SHAPES)
     assert programs(cfg, config).step._cache_size() == 1
 
 
@@ -149,17 +140,17 @@ def test_streams_tokens_in_order():
         params,
         cfg,
         PROMPTS,
-        max_tokens=NEW,
-        drafts=2,
+        drafts=3,
         rule="strict",
         on_tokens=lambda index, new: streamed[index].extend(new),
+        **SHAPES,
     )
     assert streamed == result.tokens
 
 
 def test_an_fp8_cache_decodes():
     params, cfg = toy(1)
-    result = generate(params, cfg, PROMPTS, max_tokens=NEW, drafts=1, kv_dtype="fp8")
+    result = generate(params, cfg, PROMPTS, drafts=0, rule="strict", kv_dtype="fp8", **SHAPES)
     assert [len(text) for text in result.tokens] == [NEW] * len(PROMPTS)
 
 

@@ -4,10 +4,12 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from dskjax import model, presets
 from dskjax.config import ModelConfig, MtpConfig
-from dskjax.params import Params
+from dskjax.params import Params, WeightSpec, is_spec
 
 PROMPTS = ((1, 2, 3, 4, 0, 1, 2, 2, 2, 3, 3, 3, 4), (3,), (2, 1, 4))
 """A prompt over several pages, one of a single token (nothing to prefill), and a short one."""
@@ -24,4 +26,10 @@ def toy(modules: int, scheme: str | None = None) -> tuple[Params, ModelConfig]:
         eos_token_id=(),
         mtp=MtpConfig(num_nextn_predict_layers=modules, mtp_scheme=scheme),
     )
-    return model.init(cfg, jax.random.key(0), std=0.3), cfg
+    rng = np.random.default_rng(0)  # NumPy: `model.init` would compile a program per shape
+
+    def draw(spec: WeightSpec) -> jax.Array:
+        loc, scale = (1.0, 0.0) if spec.init == "ones" else (0.0, 0.3)
+        return jnp.asarray(rng.normal(loc, scale, spec.shape), jnp.float32)
+
+    return jax.tree.map(draw, model.param_specs(cfg), is_leaf=is_spec), cfg
