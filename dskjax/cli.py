@@ -207,6 +207,7 @@ def pretrain(
     import jax
 
     from train_mtp.config import PretrainConfig
+    from train_mtp.loop import Interrupted, NonFiniteLossError
     from train_mtp.pretrain import pretrain as run
 
     if precision is None:
@@ -235,7 +236,14 @@ def pretrain(
         seed=seed,
         impl=impl,
     )
-    _err.print(f"exported {run(config)}", soft_wrap=True)
+    try:
+        folder = run(config)
+    except Interrupted as stop:
+        _err.print(str(stop), soft_wrap=True, markup=False)
+        raise typer.Exit(128 + stop.signum) from stop
+    except NonFiniteLossError as error:
+        raise ValueError(str(error)) from error
+    _err.print(f"exported {folder}", soft_wrap=True)
 
 
 @app.command()
@@ -340,12 +348,12 @@ def _main(
         jax.config.update("jax_num_cpu_devices", cpu_devices)
 
 
-def main() -> NoReturn:
+def main(command: typer.Typer = app) -> NoReturn:
     """Entry point: a user's mistake ends with one line and exit code 2, a defect with a
     traceback.
     """
     try:
-        app(standalone_mode=True)
+        command(standalone_mode=True)
     except (ValueError, NotImplementedError, FileNotFoundError) as error:
         _err.print(f"error: {error}", style="red", soft_wrap=True, highlight=False, markup=False)
         raise SystemExit(2) from error

@@ -18,12 +18,12 @@ from rich.table import Table
 
 from dskjax.checkpoint.hf import load_hf
 from dskjax.config import ModelConfig
-from dskjax.decode import Generation, generate
+from dskjax.decode import Generation, SamplingParams, generate
 from dskjax.params import Params
 from dskjax.tokenizer import Tokenizer
 
 MODEL = Path(__file__).resolve().parent.parent / "examples" / "tiny-deepseek"
-MAX_TOKENS = 96
+MAX_TOKENS = 64
 DRAFTS = (0, 1, 2, 3)
 
 PROMPTS = (
@@ -80,9 +80,10 @@ def run(
     _check_same(rows)
     console.print(table(rows))
     console.print(
-        f"greedy text with speculation is identical to the text without it "
+        "greedy text with speculation is identical to the text without it "
         f"({sum(row.result.ties for row in rows)} near ties)"
     )
+    _sampled(console, params, cfg, tokenizer, prompts, max_tokens)
     console.print(f"plot: {plot(rows, out / 'demo.png')}", soft_wrap=True)
     return rows
 
@@ -97,6 +98,39 @@ def _measure(
         if attempt:
             return Row(drafts, result, seconds)
     raise AssertionError
+
+
+def _sampled(
+    console: Console,
+    params: Params,
+    cfg: ModelConfig,
+    tokenizer: Tokenizer,
+    prompts: Sequence[list[int]],
+    max_tokens: int,
+) -> None:
+    """The same prompts at a temperature; the rejection rule keeps the model's distribution."""
+    sampling = SamplingParams.make(len(prompts), temperature=0.7, top_p=0.95, seed=[1, 2, 3])
+    with console.status("compiling and decoding with sampling"):
+        result = generate(
+            params,
+            cfg,
+            prompts,
+            max_tokens=max_tokens,
+            drafts=2,
+            rule="rejection",
+            sampling=sampling,
+        )
+    stats = result.stats
+    console.rule(
+        f"sampled (temperature 0.7, top-p 0.95), rejection rule, 2 drafts a step: accepted/drafted "
+        f"{stats.accepted_per_drafted:.3f}, mean accepted length {stats.mean_accepted_length:.2f}",
+        align="left",
+    )
+    for prompt, tokens in zip(prompts, result.tokens, strict=True):
+        tail = tokenizer.decode(prompt, skip_special=True).splitlines()[-1]
+        text = tokenizer.decode(tokens, skip_special=True)
+        console.print(f"... {tail}", style="cyan", highlight=False, markup=False, end="")
+        console.print(text, highlight=False, markup=False)
 
 
 def _check_same(rows: Sequence[Row]) -> None:
@@ -118,7 +152,7 @@ def table(rows: Sequence[Row]) -> Table:
         "tokens/s",
         "speed-up",
         "steps",
-        "accepted/drafted",
+        "accepted / drafted",
         "mean accepted length",
         "per position",
     ):

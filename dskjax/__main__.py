@@ -1,0 +1,5 @@
+"""`python -m dskjax`: the command line."""
+
+from dskjax.cli import main
+
+main()
