@@ -172,7 +172,7 @@ def initialise(specs: Params, key: jax.Array, dtype: Any, std: float | None = No
         sub = jax.random.fold_in(key, _stable_hash(path))
         return (jax.random.normal(sub, spec.shape, jnp.float32) * scale).astype(dt)
 
-    return _rebuild({path: one(path, spec) for path, spec in named_leaves(specs)})
+    return tree_of({path: one(path, spec) for path, spec in named_leaves(specs)})
 
 
 def _stable_hash(text: str) -> int:
@@ -182,9 +182,10 @@ def _stable_hash(text: str) -> int:
     return value & 0x7FFFFFFF
 
 
-def _rebuild(flat: Mapping[str, Any]) -> Params:
+def tree_of(leaves: Mapping[str, Any]) -> Params:
+    """The nested dict with these leaves, keyed by dotted name; the inverse of `named_leaves`."""
     tree: Params = {}
-    for path, value in flat.items():
+    for path, value in leaves.items():
         *parents, name = path.split(".")
         node = tree
         for parent in parents:

@@ -26,7 +26,7 @@ from dskjax.checkpoint.safetensors import CheckpointError, Pending, numpy_dtype,
 from dskjax.checkpoint.shards import INDEX, SINGLE, Shards, check_folder, read_json
 from dskjax.config import ModelConfig
 from dskjax.model import param_specs
-from dskjax.params import Params, WeightSpec, named_leaves
+from dskjax.params import Params, WeightSpec, named_leaves, tree_of
 
 _TOO_LARGE = 2**31  # for any number in a config; from 2**62 on, shapes break inside JAX
 _ALIGN = 64  # a NumPy buffer aligned like this becomes a JAX array of a CPU without a copy
@@ -114,7 +114,7 @@ def load_hf(
         total = sum(reader.values for reader in readers.values())
         with _bar(f"loading {folder.name}", total if progress else None) as report:
             leaves = {leaf: reader.load(report) for leaf, reader in readers.items()}
-    return names.tree_of(leaves), cfg
+    return tree_of(leaves), cfg
 
 
 def save_hf(

@@ -10,15 +10,14 @@ entry of those axes. MTP module k is layer `num_hidden_layers + k` there, with n
 import dataclasses
 import re
 import sys
-from collections.abc import Container, Iterator, Mapping
-from typing import Any
+from collections.abc import Container, Iterator
 
 import numpy as np
 
 from dskjax.config import ModelConfig
 from dskjax.layers.rope import half_split_order
 from dskjax.model import param_specs
-from dskjax.params import Params, WeightSpec, named_leaves
+from dskjax.params import WeightSpec, named_leaves
 
 EMBEDDING = "model.embed_tokens.weight"
 """The tensor whose dtype is that of the checkpoint."""
@@ -163,15 +162,3 @@ def row_order(leaf: str, cfg: ModelConfig) -> np.ndarray | None:
     rope = half_split_order(cfg.mla.qk_rope_head_dim)
     head = np.concatenate([np.arange(keep), keep + rope])
     return (np.arange(heads)[:, None] * len(head) + head).reshape(-1)
-
-
-def tree_of(leaves: Mapping[str, Any]) -> Params:
-    """The nested dict with these leaves, keyed by dotted name."""
-    tree: Params = {}
-    for leaf, value in leaves.items():
-        *parents, own = leaf.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[own] = value
-    return tree

@@ -11,9 +11,8 @@ import safetensors
 from safetensors.numpy import save_file
 
 from dskjax import model, presets
-from dskjax.checkpoint.names import tree_of
 from dskjax.config import ModelConfig
-from dskjax.params import Params, named_leaves
+from dskjax.params import Params, named_leaves, tree_of
 from tests.goldens.weights import tensor_shapes
 
 Tensors = dict[str, np.ndarray]

@@ -9,7 +9,7 @@ import pytest
 from dskjax import model, presets
 from dskjax.checkpoint import names
 from dskjax.config import ModelConfig
-from dskjax.params import named_leaves
+from dskjax.params import named_leaves, tree_of
 from tests.checkpoint.build import tiny_config
 from tests.goldens.cases import CASES, random_case
 from tests.goldens.weights import tensor_shapes
@@ -116,5 +116,5 @@ def test_rotary_rows_are_the_last_of_each_head():
 
 def test_trees_and_dotted_names_are_inverse():
     leaves = {"a.b.c": 1, "a.d": 2, "e": 3}
-    assert names.tree_of(leaves) == {"a": {"b": {"c": 1}, "d": 2}, "e": 3}
-    assert dict(named_leaves(names.tree_of(leaves))) == leaves
+    assert tree_of(leaves) == {"a": {"b": {"c": 1}, "d": 2}, "e": 3}
+    assert dict(named_leaves(tree_of(leaves))) == leaves
