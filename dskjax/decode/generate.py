@@ -118,6 +118,11 @@ def generate(
         cfg, rule=rule, drafts=drafts, eos_ids=() if ignore_eos else None, impl=impl
     )
     sampling = sampling or SamplingParams.make(len(prompts), temperature=0.0)
+    if sampling.seed.shape[0] != len(prompts):
+        raise ValueError(
+            f"sampling has {sampling.seed.shape[0]} rows for {len(prompts)} prompts: "
+            f"use SamplingParams.make({len(prompts)}, ...)"
+        )
     result = Generation(
         tokens=[[] for _ in prompts],
         finish_reasons=["length"] * len(prompts),

@@ -167,6 +167,7 @@ def test_an_fp8_cache_decodes():
         ({"drafts": -1}, "drafts=-1"),
         ({"rule": "typical"}, "unknown acceptance rule 'typical'"),
         ({"kv_dtype": "int8"}, "kv_dtype='int8'"),
+        ({"sampling": SamplingParams.make(2)}, "2 rows for 1 prompts"),
     ],
 )
 def test_bad_input_is_refused_with_its_value(change, message):
