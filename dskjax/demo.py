@@ -121,10 +121,11 @@ def _sampled(
             sampling=sampling,
         )
     stats = result.stats
-    console.rule(
-        f"sampled (temperature 0.7, top-p 0.95), rejection rule, 2 drafts a step: accepted/drafted "
+    console.rule("sampled", align="left")
+    console.print(
+        "temperature 0.7, top-p 0.95, rejection rule, 2 drafts a step: accepted/drafted "
         f"{stats.accepted_per_drafted:.3f}, mean accepted length {stats.mean_accepted_length:.2f}",
-        align="left",
+        highlight=False,
     )
     for prompt, tokens in zip(prompts, result.tokens, strict=True):
         tail = tokenizer.decode(prompt, skip_special=True).splitlines()[-1]
