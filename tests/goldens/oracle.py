@@ -1,6 +1,6 @@
 """A second opinion on the goldens: DeepSeek-V2/V3 with its MTP chain in float64 NumPy.
 
-It follows spec.md 1-2 line by line, shares no code with Hugging Face or dskjax, reads a checkpoint
+It follows the reports line by line, shares no code with Hugging Face or dskjax, reads a checkpoint
 as a flat dict of float arrays under hub names, and can be told to make one named mistake of
 `MISTAKES`. `scripts/make_goldens.py` uses it to bound the rounding error inside each golden and to
 prove that every mistake visibly moves the logits of some golden. No cache and no speed.
@@ -16,7 +16,8 @@ import numpy as np
 Array = np.ndarray
 Weights = dict[str, Array]
 
-# name -> what it gets wrong; 10.n: a pitfall of spec.md 10, else the section with the rule
+# name -> what it gets wrong; 10.n: pitfall n of tests/model/test_pitfalls.py, else the rule's own
+# number
 MISTAKES = {
     "rope_half_split": "10.1: rotates (j, j+P/2) on raw weights instead of (2j, 2j+1)",
     "rope_before_nope": "1.4: splits q as [rope | nope]",
@@ -81,7 +82,7 @@ def mscale(factor: float, a: float) -> float:
 
 
 def inverse_frequencies(cfg: dict[str, Any], mistake: str | None = None) -> Array:
-    """inv_freq [P/2] of spec.md 1.7."""
+    """inv_freq [P/2], with YaRN."""
     rope, dim = rope_parameters(cfg), cfg["qk_rope_head_dim"]
     plain = rope["rope_theta"] ** (-np.arange(0, dim, 2) / dim)
     if rope["rope_type"] != "yarn" or mistake == "yarn_dropped":
@@ -172,7 +173,7 @@ class Oracle:
         return np.concatenate([a, b], -1) if split else np.stack([a, b], -1).reshape(x.shape)
 
     def attention(self, x: Array, name: str, positions: Array) -> Array:
-        """Causal MLA in the expanded form of spec.md 1.4; x [B, T, D]."""
+        """Causal MLA in the expanded form; x [B, T, D]."""
         cfg, bad = self.cfg, self.mistake
         b, t, _ = x.shape
         h, n, p = cfg["num_attention_heads"], cfg["qk_nope_head_dim"], cfg["qk_rope_head_dim"]
@@ -297,7 +298,7 @@ class Oracle:
         return out
 
     def mtp(self, ids: Array, trunk: dict[str, Array], depth: int) -> dict[str, Array]:
-        """Teacher-forced chain of spec.md 2.1: `mtp_logits_k`, `mtp_hidden_k` [B, T-k, ..]."""
+        """Teacher-forced MTP chain: `mtp_logits_k`, `mtp_hidden_k` [B, T-k, ..]."""
         bad, last = self.mistake, self.cfg["num_hidden_layers"]
         start = trunk[f"layer_{last - 1}"] if bad == "mtp_trunk_pre_norm" else trunk["final"]
         embed, state, out = self.weights["model.embed_tokens.weight"], start, {}

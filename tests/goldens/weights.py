@@ -1,4 +1,4 @@
-"""Names, shapes and random values of a tiny DeepSeek checkpoint's tensors (spec.md 1.2, 2.1)."""
+"""Names, shapes and random values of a tiny DeepSeek checkpoint's tensors."""
 
 from __future__ import annotations
 

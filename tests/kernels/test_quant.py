@@ -135,7 +135,7 @@ def test_finite_values_never_become_nan(recipe, size):
 
 @pytest.mark.parametrize(("format", "low", "high"), [("int4", 18.5, 20.5), ("e4m3", 31, 33)])
 def test_signal_to_noise_on_gaussian_weights(format, low, high):
-    """19-20 dB for int4 groups of 128 (spec.md 4.2); e4m3 keeps 3 mantissa bits, about 32 dB."""
+    """19-20 dB for int4 groups of 128; e4m3 keeps 3 mantissa bits, about 32 dB."""
     x = np.float64(np.random.default_rng(1).standard_normal((256, 512)))
     q = call(quantise, {"x": jnp.asarray(x, jnp.float32), "recipe": WEIGHTS[format]})
     noise = np.float64(jit(dequantise)(q)) - x

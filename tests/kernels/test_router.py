@@ -71,7 +71,7 @@ def test_any_ties_go_to_the_lowest_index(levels, bias):
     assert_equal(run("reference")(**args)[1][:1], want)
 
 
-# ------------------------------------------------------------------ golden vectors (spec.md 1.8)
+# ------------------------------------------------------------------ golden vectors
 
 LOGITS = [1.2, -0.3, 0.4, 2, -1, 0.1, 0.9, -2]
 MIXED_BIAS = [-0.9, 0.05, 0.3, -0.8, 0.6, -0.2, 0, 0.4]

@@ -9,7 +9,7 @@ from dskjax import presets
 from dskjax.config import MlaConfig, ModelConfig, MoeConfig, MtpConfig, RopeConfig, YarnConfig
 from dskjax.config_hf import IGNORED_FIELDS
 
-# As published on the hub for DeepSeek-V3 (spec.md 1.1), without quantization_config.
+# As published on the hub for DeepSeek-V3, without quantization_config.
 HUB_V3 = {
     "architectures": ["DeepseekV3ForCausalLM"],
     "attention_bias": False,

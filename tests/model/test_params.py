@@ -29,7 +29,7 @@ def without_mtp(specs):
     ("cfg", "want"), [(V3, 671_026_419_200), (V2_LITE, 15_706_484_224)], ids=["v3", "v2-lite"]
 )
 def test_parameter_count_of_the_trunk(cfg, want):
-    """spec.md 9.1, correction biases included."""
+    """The published counts, correction biases included."""
     assert params.count(without_mtp(model.param_specs(cfg))) == want
 
 
@@ -39,7 +39,7 @@ def test_parameter_count_of_an_mtp_module():
 
 
 def test_parameter_counts_by_part():
-    """spec.md 9.1: attention 187.1M a layer, an expert 44.04M, a dense MLP 396.4M."""
+    """Attention 187.1M a layer, an expert 44.04M, a dense MLP 396.4M."""
     specs = model.param_specs(V3)
     attention = params.count(specs["dense_layers"]["self_attn"]) / 3
     expert = params.count(specs["moe_layers"]["mlp"]["experts"]) / (58 * 256)
@@ -53,7 +53,7 @@ def test_parameter_counts_by_part():
 
 @pytest.mark.parametrize("cfg", [V3, V2_LITE], ids=["v3", "v2-lite"])
 def test_real_models_have_the_checkpoint_shapes(cfg):
-    """Every stacked shape follows from spec.md 1.2; gate and up are one array here."""
+    """Every stacked shape follows from those of the checkpoint; gate and up are one array here."""
     hub, got = dict(weights.shapes(cfg.to_hf())), dict(named_leaves(model.param_specs(cfg)))
     dense, layers = cfg.num_dense_layers, cfg.num_hidden_layers
     total = sum(math.prod(shape) for shape in hub.values())
@@ -109,7 +109,7 @@ def test_forward_of_the_671b_config(form, kv_dtype):
 
 
 def test_cache_bytes_per_token():
-    """spec.md 9.3: 62 layers, 71424 B in bf16; fp8 latents with 4 fp32 scales, 656 B a layer."""
+    """62 layers, 71424 B in bf16; fp8 latents with 4 fp32 scales, 656 B a layer."""
 
     def size(kv_dtype):
         cache = jax.eval_shape(

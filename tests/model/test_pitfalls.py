@@ -1,5 +1,6 @@
-"""Every pitfall of spec.md 10 that exists in this code base: the test that sees it, proved by
-planting the mistake. `TABLE` is the one list; `python -m tests.model.test_pitfalls` prints it.
+"""Every known way to get DeepSeek wrong that exists in this code base: the test that sees it,
+proved by planting the mistake. `TABLE` is the one list; `python -m tests.model.test_pitfalls`
+prints it.
 """
 
 import ast

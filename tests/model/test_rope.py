@@ -1,4 +1,4 @@
-"""Rotary embedding and YaRN: golden values of spec.md 1.7, and the order of channels."""
+"""Rotary embedding and YaRN: golden values, and the order of channels."""
 
 import dataclasses
 

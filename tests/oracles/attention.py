@@ -1,6 +1,6 @@
 """Latent attention over pages and over ragged rows, one query at a time, in NumPy float64.
 
-Imports nothing of ours. Written from spec.md 1.4 and 1.5: score = scale * (q . k + q_rope . k_rope)
+Imports nothing of ours. Written from the definition: score = scale * (q . k + q_rope . k_rope)
 over what the query may see, natural log-sum-exp; nothing seen gives out 0 and lse -inf.
 """
 

@@ -1,4 +1,5 @@
-"""DeepSeek-V2-Lite and V3 with MTP in NumPy float64, from spec.md 1.3 to 1.8 and 2.1 alone.
+"""DeepSeek-V2-Lite and V3 with MTP in NumPy float64, from the reports and the published weights'
+layout alone.
 
 Imports nothing of ours. Weights are a flat dict under hub names in torch order, as a checkpoint
 stores them: rotary channels are *interleaved*, and are rotated so. `config` is the parsed
@@ -14,7 +15,7 @@ from tests.oracles.attention import attend
 
 
 def yarn_mscale(factor, a):
-    """m(f, a) of spec.md 1.7."""
+    """YaRN's attention factor m(f, a)."""
     return 1.0 if factor <= 1 else 0.1 * a * math.log(factor) + 1.0
 
 

@@ -1,7 +1,7 @@
 """e4m3, e8m0, int4 and their block scales, bit by bit in NumPy.
 
 Imports nothing of ours, and rounds by looking up the nearest value in a table built from the
-format's definition (spec.md 3.8, 4.1, 4.2), so that no cast of a library is trusted.
+format's definition, so that no cast of a library is trusted.
 """
 
 import math

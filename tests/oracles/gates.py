@@ -1,4 +1,4 @@
-"""The gates of DeepSeek-V2-Lite and V3, one token and one expert at a time (spec.md 1.8)."""
+"""The gates of DeepSeek-V2-Lite and V3, one token and one expert at a time."""
 
 import numpy as np
 
