@@ -45,8 +45,18 @@ ImplOption = Annotated[
 
 
 @app.command()
-def info(model: Annotated[str, typer.Argument(help="A preset, or a checkpoint folder.")]) -> None:
-    """Parameter counts, memory and cache size of a model."""
+def info(
+    model: Annotated[str, typer.Argument(help="A preset, or a checkpoint folder.")],
+    gpu: Annotated[
+        str | None, typer.Option(help="Bound decode steps: h20, h800, h100, h200.")
+    ] = None,
+    mesh: Annotated[str, typer.Option(help='With --gpu: "ep=16" GPUs share the experts.')] = "",
+    context: Annotated[int, typer.Option(help="With --gpu: cached tokens per sequence.")] = 4096,
+    drafts: Annotated[int, typer.Option(help="With --gpu: drafts verified a step.")] = 0,
+    experts: Annotated[str, typer.Option(help="With --gpu: int4, fp8 or bf16.")] = "int4",
+    plot: Annotated[Path | None, typer.Option(help="With --gpu: draw the bounds, .png.")] = None,
+) -> None:
+    """Parameter counts, memory and cache size of a model; with --gpu, its roofline."""
     from dskjax.checkpoint.hf import load_config
     from dskjax.commands.info import describe
     from dskjax.presets import PRESETS, preset
@@ -60,6 +70,15 @@ def info(model: Annotated[str, typer.Argument(help="A preset, or a checkpoint fo
     for what, value in describe(cfg):
         table.add_row(what, value)
     Console().print(table)
+    if gpu is not None:
+        from dskjax.commands.info import plot_roofline, roofline_rows, roofline_table
+        from dskjax.mesh import parse_mesh
+
+        ep = parse_mesh(mesh).get("ep", 1)
+        floors = roofline_rows(cfg, gpu, ep=ep, context=context, drafts=drafts, experts=experts)
+        Console().print(roofline_table(floors, f"{gpu}, ep={ep}, {context} cached tokens"))
+        if plot is not None:
+            _err.print(f"plot: {plot_roofline(floors, plot)}", soft_wrap=True)
 
 
 @app.command()

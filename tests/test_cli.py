@@ -39,6 +39,15 @@ def test_info_counts_parameters(dskjax):
     assert "5,163,936" in dskjax("info", EXAMPLE)[1]
 
 
+def test_info_bounds_decode_steps(dskjax, tmp_path):
+    plot = tmp_path / "roofline.png"
+    arguments = ("info", "deepseek-v3", "--gpu", "h100", "--mesh", "ep=16", "--plot", plot)
+    code, out, err = dskjax(*arguments, "--context", 4100)
+    assert code == 0, err
+    assert "2,505" in out and "too big" in out  # 32 sequences; 256 of them are too many
+    assert plot.stat().st_size > 1000
+
+
 def test_logits_and_hidden_states(dskjax, tmp_path):
     golden = np.load(GOLDENS / "v3_mtp" / "golden.npz")
     np.save(tmp_path / "ids.npy", golden["ids"].astype(np.int64))
@@ -116,6 +125,10 @@ def test_generate_streams_text(dskjax):
     ("arguments", "words"),
     [
         (["info", "deepseek-v9"], ["'deepseek-v9'", "presets", "deepseek-v3"]),
+        (["info", "tiny-v3", "--gpu", "a100"], ["'a100'", "h200"]),
+        (["info", "tiny-v3", "--gpu", "h20", "--experts", "int3"], ["'int3'"]),
+        (["info", "tiny-v3", "--gpu", "h20", "--mesh", "xp=2"], ["'xp=2'", "ep"]),
+        (["info", "tiny-v3", "--gpu", "h20", "--context", "0"], ["context=0"]),
         (["generate", EXAMPLE], ["exactly one of --prompt"]),
         (["generate", EXAMPLE, "--prompt", "a", "--out-ids", "x.npy"], ["--out-ids needs --ids"]),
         (["generate", EXAMPLE, "--prompt", "a", "--top-p", "2"], ["top_p=2"]),

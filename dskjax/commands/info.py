@@ -1,7 +1,13 @@
 """`dskjax info`: what a model is made of, and what it costs to hold."""
 
 import dataclasses
+import typing
+from collections.abc import Sequence
+from pathlib import Path
 
+from rich.table import Table
+
+from dskjax import roofline
 from dskjax.config import ModelConfig
 from dskjax.model import param_specs
 from dskjax.params import count
@@ -86,3 +92,90 @@ def human_bytes(size: int | float) -> str:
             return f"{size:.4g} {unit}"
         size /= 1000
     return f"{size:.4g} TB"
+
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+"""Sequences per GPU that `dskjax info --gpu` bounds."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """A roofline row: the floor of a step, and whether it fits the GPU's memory."""
+
+    floor: roofline.Floor
+    fits: bool
+
+
+def roofline_rows(
+    cfg: ModelConfig, gpu: str, *, ep: int, context: int, drafts: int, experts: str
+) -> list[Bound]:
+    """Bounds a decode step for each of `BATCHES`, with an fp8 cache.
+
+    Raises:
+        ValueError: an unknown GPU or expert format, or a size below its least value.
+    """
+    if gpu not in roofline.GPUS:
+        raise ValueError(f"unknown GPU {gpu!r}; known: {', '.join(roofline.GPUS)}")
+    if experts not in roofline.EXPERT_BYTES:
+        raise ValueError(f"{experts=} must be one of {', '.join(roofline.EXPERT_BYTES)}")
+    if drafts < 0:
+        raise ValueError(f"{drafts=} must be 0 or more")
+    form = typing.cast(roofline.Experts, experts)
+    card, rows = roofline.GPUS[gpu], []
+    for batch in BATCHES:
+        floor = roofline.decode_floor(
+            cfg, card, batch=batch, context=context, ep=ep, verify=1 + drafts, experts=form
+        )
+        needed = roofline.memory_needed(cfg, batch=batch, context=context, ep=ep, experts=form)
+        rows.append(Bound(floor, needed <= card.memory))
+    return rows
+
+
+def roofline_table(rows: Sequence[Bound], title: str) -> Table:
+    """The rows in milliseconds."""
+    table = Table(title=f"least decode step in ms, one token a sequence: {title}")
+    for name in (
+        "batch/GPU",
+        "weights",
+        "cache",
+        "linear",
+        "core",
+        "step",
+        "tokens/s",
+        "bound",
+    ):
+        table.add_column(name, justify="right")
+    for row in rows:
+        f = row.floor
+        times = (f"{1e3 * t:.2f}" for t in (f.weights, f.cache, f.linear, f.core, f.step))
+        bound = f.bound if row.fits else "too big"
+        table.add_row(str(f.batch), *times, f"{f.tokens_per_second:,.0f}", bound)
+    return table
+
+
+def plot_roofline(rows: Sequence[Bound], path: Path) -> Path:
+    """Draws memory time, compute time and step time over the batch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    batches = [row.floor.batch for row in rows]
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    lines = {
+        "memory": [row.floor.weights + row.floor.cache for row in rows],
+        "compute": [row.floor.linear + row.floor.core for row in rows],
+    }
+    for label, seconds in lines.items():
+        axes.loglog(batches, [1e3 * s for s in seconds], marker="o", label=label)
+    missing = [row for row in rows if not row.fits]
+    at = ([row.floor.batch for row in missing], [1e3 * row.floor.step for row in missing])
+    if missing:
+        axes.loglog(*at, "x", color="black", label="too big for the memory")
+    axes.set(xlabel="sequences per GPU", ylabel="ms per step", title="least decode step")
+    axes.set_xticks(batches, [str(b) for b in batches])
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path

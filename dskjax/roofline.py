@@ -1,0 +1,198 @@
+"""The least time a decode step can take: bytes over bandwidth, operations over peak, whichever is
+longer.
+
+One GPU of an attention-data-parallel, expert-parallel group holds all weights but the routed
+experts, of which it holds 1/ep. A step reads every weight it touches once and every cached row of
+its sequences once, and computes `verify` tokens a sequence in absorbed form. Communication, launch
+gaps and sampling are left out: no program is faster than this.
+"""
+
+import dataclasses
+from typing import Literal
+
+from dskjax.config import ModelConfig
+from dskjax.model import param_specs
+from dskjax.params import count, named_leaves
+
+Experts = Literal["int4", "fp8", "bf16"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """Dense datasheet peaks of a GPU.
+
+    Attributes:
+        memory: bytes.
+        bandwidth: bytes per second of device memory.
+        bf16: FLOP/s of bf16 matrix products.
+        fp8: FLOP/s of fp8 matrix products.
+    """
+
+    memory: float
+    bandwidth: float
+    bf16: float
+    fp8: float
+
+
+GPUS = {
+    "h20": Gpu(memory=96e9, bandwidth=4.0e12, bf16=148e12, fp8=296e12),
+    "h800": Gpu(memory=80e9, bandwidth=3.35e12, bf16=989e12, fp8=1979e12),
+    "h100": Gpu(memory=80e9, bandwidth=3.35e12, bf16=989e12, fp8=1979e12),
+    "h200": Gpu(memory=141e9, bandwidth=4.8e12, bf16=989e12, fp8=1979e12),
+}
+
+EXPERT_BYTES: dict[Experts, float] = {
+    "int4": 0.5 + 2 / 128,  # a bf16 scale per 128 inputs
+    "fp8": 1 + 4 / 128**2,  # an fp32 scale per 128x128 block
+    "bf16": 2.0,
+}
+"""Bytes of one routed expert weight, scales included."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Floor:
+    """Lower bounds of one decode step on one GPU, in seconds.
+
+    Attributes:
+        weights: reading weights.
+        cache: reading the latent cache.
+        linear: products with weights.
+        core: attention over cached tokens.
+        batch: sequences on the GPU.
+    """
+
+    weights: float
+    cache: float
+    linear: float
+    core: float
+    batch: int
+
+    @property
+    def step(self) -> float:
+        """The longer of memory time and compute time."""
+        return max(self.weights + self.cache, self.linear + self.core)
+
+    @property
+    def bound(self) -> str:
+        """What the step waits for."""
+        return "memory" if self.weights + self.cache >= self.linear + self.core else "compute"
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Output tokens per second of this GPU when each step yields one token a sequence."""
+        return self.batch / self.step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a model costs, counted from its declared shapes.
+
+    Attributes:
+        routed: weights of all routed experts of the trunk.
+        other: trunk weights that every token uses, embedding and head left out.
+        head: weights of the output head.
+        linear_flops: operations per token in products with weights, head left out.
+        core_flops: operations per token and cached token in attention.
+        cache_elements: cached elements per token, trunk layers only.
+    """
+
+    routed: int
+    other: int
+    head: int
+    linear_flops: int
+    core_flops: int
+    cache_elements: int
+
+
+def parts(cfg: ModelConfig) -> Parts:
+    """Counts a model's parts."""
+    specs = {
+        k: v
+        for k, v in param_specs(cfg).items()
+        if k not in ("embed_tokens", "lm_head", "mtp_layers")
+    }
+    named = dict(named_leaves(specs))
+    routed = sum(count({"w": spec}) for name, spec in named.items() if ".experts." in name)
+    other = count(specs) - routed
+    layers, heads, mla = cfg.num_hidden_layers, cfg.num_attention_heads, cfg.mla
+    chosen = (
+        0 if cfg.moe is None else routed // cfg.moe.n_routed_experts * cfg.moe.num_experts_per_tok
+    )
+    vectors = sum(
+        count({"w": spec}) for spec in named.values() if len(spec.shape) < 3
+    )  # stacked norms and biases
+    # kv_b_proj is used absorbed: once on the query side and once on the value side, as many
+    # operations as its product.
+    return Parts(
+        routed=routed,
+        other=other,
+        head=cfg.vocab_size * cfg.hidden_size,
+        linear_flops=2 * (other - vectors + chosen),
+        core_flops=layers * 2 * heads * (2 * mla.kv_lora_rank + mla.qk_rope_head_dim),
+        cache_elements=layers * (mla.kv_lora_rank + mla.qk_rope_head_dim),
+    )
+
+
+def decode_floor(
+    cfg: ModelConfig,
+    gpu: Gpu,
+    *,
+    batch: int,
+    context: int,
+    ep: int = 1,
+    verify: int = 1,
+    experts: Experts = "int4",
+    cache_itemsize: int = 1,
+    fp8_attention: bool = False,
+) -> Floor:
+    """Bounds one decode step.
+
+    Args:
+        cfg: the model.
+        gpu: its peaks.
+        batch: sequences per GPU.
+        context: cached tokens per sequence.
+        ep: GPUs that share the experts; each brings `batch` sequences of its own.
+        verify: tokens computed per sequence, 1 + drafts.
+        experts: format of the routed experts; all other weights are fp8, the head bf16.
+        cache_itemsize: bytes of a cached element.
+        fp8_attention: attention products in fp8 instead of bf16.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+    for name, value in (("batch", batch), ("context", context), ("ep", ep), ("verify", verify)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    p = parts(cfg)
+    hit = 0.0
+    if cfg.moe is not None:
+        hit = 1 - (1 - cfg.moe.num_experts_per_tok / cfg.moe.n_routed_experts) ** (
+            batch * verify * ep
+        )
+    weights = p.routed * EXPERT_BYTES[experts] * hit / ep + p.other + 2 * p.head
+    tokens = batch * verify
+    return Floor(
+        weights=weights / gpu.bandwidth,
+        cache=batch * context * p.cache_elements * cache_itemsize / gpu.bandwidth,
+        linear=tokens * (p.linear_flops / gpu.fp8 + 2 * p.head / gpu.bf16),
+        core=tokens * context * p.core_flops / (gpu.fp8 if fp8_attention else gpu.bf16),
+        batch=batch,
+    )
+
+
+def memory_needed(
+    cfg: ModelConfig,
+    *,
+    batch: int,
+    context: int,
+    ep: int = 1,
+    experts: Experts = "int4",
+    cache_itemsize: int = 1,
+) -> float:
+    """Bytes one GPU holds: weights with embedding and head in bf16, its experts, and its sequences'
+    cache.
+    """
+    p = parts(cfg)
+    weights = p.routed * EXPERT_BYTES[experts] / ep + p.other + 4 * p.head
+    return weights + batch * context * p.cache_elements * cache_itemsize
