@@ -72,9 +72,9 @@ def info(
     Console().print(table)
     if gpu is not None:
         from dskjax.commands.info import plot_roofline, roofline_rows, roofline_table
-        from dskjax.mesh import parse_mesh
+        from dskjax.mesh import expert_ways
 
-        ep = parse_mesh(mesh).get("ep", 1)
+        ep = expert_ways(mesh)
         floors = roofline_rows(cfg, gpu, ep=ep, context=context, drafts=drafts, experts=experts)
         Console().print(roofline_table(floors, f"{gpu}, ep={ep}, {context} cached tokens"))
         if plot is not None:

@@ -80,3 +80,8 @@ def parse_mesh(text: str) -> dict[str, int]:
             )
         sizes[axis] = int(size)
     return sizes
+
+
+def expert_ways(text: str) -> int:
+    """How many devices share the experts in a mesh like "dp=2,ep=8"; 1 if it does not say."""
+    return parse_mesh(text).get("ep", 1)

@@ -161,7 +161,8 @@ def decode_floor(
     Raises:
         ValueError: a size below 1.
     """
-    for name, value in (("batch", batch), ("context", context), ("ep", ep), ("verify", verify)):
+    sizes = dict(batch=batch, context=context, ep=ep, verify=verify)
+    for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
     p = parts(cfg)

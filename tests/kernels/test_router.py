@@ -38,11 +38,26 @@ def expected(case, seed):
     return args, *oracle(args | {"logits": args["logits"][:-1]})
 
 
+def choice_scores(args, experts):
+    """float64 scores by which the given experts were chosen, bias included."""
+    logits = np.asarray(args["logits"][:-1], np.float64)
+    if args["bias"] is None:
+        scores = np.exp(logits - logits.max(axis=1, keepdims=True))
+        scores /= scores.sum(axis=1, keepdims=True)
+    else:
+        scores = 1 / (1 + np.exp(-logits)) + np.asarray(args["bias"], np.float64)
+    return np.take_along_axis(scores, experts, axis=1)
+
+
 def check(op, case, seed=0):
     args, want_weights, want_experts = expected(case, seed)
     weights, experts = op(**args)
     assert weights.dtype == jnp.float32
-    assert_equal(experts[:-1], want_experts, "experts")
+    found = np.asarray(experts[:-1])
+    if case.logits == "normal":  # exact but for experts whose scores differ by a rounding error
+        near = np.abs(choice_scores(args, found) - choice_scores(args, want_experts)) < 2e-7
+        found = np.where(near, want_experts, found)
+    assert_equal(found, want_experts, "experts")
     assert_close(weights[:-1], want_weights, GATE, "weights")
     last = np.asarray(experts[-1])
     assert ((0 <= last) & (last < case.experts)).all(), "a NaN row must still name real experts"
