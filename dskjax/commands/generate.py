@@ -1,6 +1,5 @@
 """`dskjax generate`: continue a text, a chat or rows of ids, and say how speculation went."""
 
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -81,12 +80,3 @@ def summary(result: Generation, drafts: int) -> str:
             "another correct program may choose differently there"
         )
     return "\n".join(lines)
-
-
-def timed(run: Callable[[], Generation]) -> tuple[Generation, float]:
-    """Runs twice, so that the second time excludes compilation; returns the second result and its
-    seconds.
-    """
-    run()
-    begun = time.perf_counter()
-    return run(), time.perf_counter() - begun

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dskjax.batch import RaggedBatch
 from dskjax.config import ModelConfig
 from dskjax.decode.acceptance import RULES, Rule, truncate_at_eos
-from dskjax.decode.draft import Drafts, DraftSpec, Window, extend, no_drafts, propose
+from dskjax.decode.draft import Drafts, DraftSpec, Window, extend, propose
 from dskjax.decode.sampling import SamplingParams, distribution, step_uniforms
 from dskjax.model import forward, head
 from dskjax.params import Params
@@ -297,23 +297,3 @@ def _ties(logits: jax.Array, sampling: SamplingParams, count: jax.Array) -> jax.
     best = jax.lax.top_k(logits, 2)[0]
     close = (best[..., 0] - best[..., 1] < TIE_GAP) & (sampling.temperature == 0)[:, None]
     return (close & (jnp.arange(logits.shape[1]) < count[:, None])).sum(axis=1).astype(jnp.int32)
-
-
-def idle_state(
-    cache: LatentCache, page_table: Int[Array, "B W"], *, cfg: ModelConfig, config: DecodeConfig
-) -> DecodeState:
-    """A state whose rows are all idle; sequences are put in by replacing rows."""
-    batch, tail = page_table.shape[0], config.spec.tail
-    zeros = jnp.zeros((batch,), jnp.int32)
-    return DecodeState(
-        cache=cache,
-        page_table=page_table,
-        length=zeros,
-        last_token=zeros,
-        drafts=no_drafts(batch, cfg, config.spec),
-        hidden_tail=jnp.zeros((batch, tail, cfg.hidden_size), cache.rope.dtype),
-        token_tail=jnp.zeros((batch, tail), jnp.int32),
-        remaining=zeros,
-        active=jnp.zeros((batch,), bool),
-        sampling=SamplingParams.make(batch),
-    )
