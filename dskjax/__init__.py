@@ -12,7 +12,8 @@ from dskjax.checkpoint.hf import load_hf as load
 from dskjax.checkpoint.hf import save_hf as save
 from dskjax.config import ModelConfig
 from dskjax.decode import generate
-from dskjax.model import apply, forward, forward_mtp, head, init, mtp_chain, trunk
+from dskjax.model import apply, head, init, mtp_chain, trunk
+from dskjax.paged import forward, forward_mtp
 from dskjax.presets import preset
 from dskjax.tokenizer import Tokenizer
 

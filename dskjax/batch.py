@@ -32,6 +32,8 @@ class RaggedBatch:
         form: "absorbed" for short queries (decode, MTP verification), "expanded" for prefill
             chunks.
         queries: rows per sequence when they are all the same (T == B * queries), else None.
+        query_lens: i32 [B] with `queries`: only so many rows of each sequence are real, the rest of
+            its rows is padding. None: all of them.
     """
 
     token_ids: jax.Array
@@ -40,15 +42,25 @@ class RaggedBatch:
     query_starts: jax.Array
     form: Form = dataclasses.field(metadata={"static": True})
     queries: int | None = dataclasses.field(default=None, metadata={"static": True})
+    query_lens: jax.Array | None = None
 
     @classmethod
     def uniform(
-        cls, token_ids: jax.Array, page_table: jax.Array, cached_lens: jax.Array, form: Form
+        cls,
+        token_ids: jax.Array,
+        page_table: jax.Array,
+        cached_lens: jax.Array,
+        form: Form,
+        query_lens: jax.Array | None = None,
     ) -> "RaggedBatch":
-        """A batch with the same number of rows for every sequence, token_ids i32 [B, n]."""
+        """A batch with the same number of rows for every sequence, token_ids i32 [B, n], of which
+        the first `query_lens` are real.
+        """
         sequences, queries = token_ids.shape
         starts = jnp.arange(sequences + 1, dtype=jnp.int32) * queries
-        return cls(token_ids.reshape(-1), page_table, cached_lens, starts, form, queries)
+        return cls(
+            token_ids.reshape(-1), page_table, cached_lens, starts, form, queries, query_lens
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -82,9 +94,15 @@ def plan_batch(batch: RaggedBatch, page_size: int) -> BatchPlan:
     """Computes the bookkeeping of one step. Rows past the page table's width are dropped rather
     than written astray.
     """
-    decode = plan_mla_decode(
-        batch.cached_lens, batch.query_starts, batch.num_tokens, queries=batch.queries
-    )
+    ends = batch.cached_lens
+    if batch.query_lens is not None:  # as if the padding rows were cached, then hide them
+        assert batch.queries is not None
+        ends = ends + batch.queries - batch.query_lens
+    decode = plan_mla_decode(ends, batch.query_starts, batch.num_tokens, queries=batch.queries)
+    if batch.query_lens is not None:
+        row = jnp.arange(batch.num_tokens, dtype=jnp.int32) % batch.queries
+        shown = jnp.where(row < batch.query_lens[decode.token_seq], decode.visible, 0)
+        decode = dataclasses.replace(decode, visible=shown)
     position = decode.visible - 1
     real = position >= 0
     positions = jnp.where(real, position, 0)

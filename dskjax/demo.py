@@ -93,7 +93,7 @@ def _measure(
 ) -> Row:
     for attempt in range(2):  # the first compiles
         begun = time.perf_counter()
-        result = generate(params, cfg, prompts, max_tokens=max_tokens, drafts=drafts, rule="strict")
+        result = generate(params, cfg, prompts, max_tokens=max_tokens, drafts=drafts, accept="strict")
         seconds = time.perf_counter() - begun
         if attempt:
             return Row(drafts, result, seconds)
@@ -117,7 +117,7 @@ def _sampled(
             prompts,
             max_tokens=max_tokens,
             drafts=2,
-            rule="rejection",
+            accept="rejection",
             sampling=sampling,
         )
     stats = result.stats

@@ -4,14 +4,12 @@ Everything here is a pure function of params under plain `jax.jit`:
 
     init(cfg, key)                                   random params
     apply(params, tokens, cfg=cfg)                   logits of whole sequences (differentiable)
-    forward(params, cache, batch, cfg=cfg)           a ragged batch over the paged cache: prefill,
-    decode, verification, mixed forward_mtp(params, cache, batch, hidden, ...)   the same for one
-    MTP module
+    trunk(params, tokens, cfg=cfg)                   hidden states, chosen experts, residual stream
+    mtp_chain(params, tokens, hidden, cfg=cfg, ...)  the MTP modules over whole sequences
 
-Layers are stacked and scanned; the cache is a carry of that scan.
+Layers are stacked and scanned. The same layers over the paged cache: `dskjax.paged`.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,14 +19,13 @@ from jaxtyping import Array, Float, Int
 
 from dskjax import attention
 from dskjax.axes import Sharding
-from dskjax.batch import BatchPlan, RaggedBatch, plan_batch
 from dskjax.config import ModelConfig
 from dskjax.layers.block import Block
 from dskjax.layers.norm import RmsNorm
 from dskjax.layers.rope import rope_tables
 from dskjax.mtp import MtpModule
 from dskjax.params import Params, WeightSpec, abstract, bind, initialise, is_spec, specs_of
-from pallas_kernels import LatentCache, MlaPrefillPlan
+from pallas_kernels import MlaPrefillPlan
 
 Remat = Callable[..., Any] | None
 """A `jax.checkpoint` policy, for example `jax.checkpoint_policies.nothing_saveable`; None keeps all
@@ -278,100 +275,3 @@ def mtp_chain(
         out.hidden.append(h.reshape(*shape, -1))
         out.experts.append(experts.reshape(*shape, -1))
     return out
-
-
-Batch = RaggedBatch | tuple[RaggedBatch, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Step:
-    parts: tuple[RaggedBatch, ...]
-    plans: tuple[BatchPlan, ...]
-    tables: tuple[jax.Array, jax.Array]
-    token_ids: jax.Array
-
-
-def _step(batch: Batch, cache: LatentCache, cfg: ModelConfig) -> _Step:
-    parts = (batch,) if isinstance(batch, RaggedBatch) else batch
-    plans = tuple(plan_batch(part, cache.page_size) for part in parts)
-    positions = jnp.concatenate([plan.positions for plan in plans])
-    tables = rope_tables(positions, cfg.mla.qk_rope_head_dim, cfg.rope)
-    return _Step(parts, plans, tables, jnp.concatenate([part.token_ids for part in parts]))
-
-
-def forward(
-    params: Params, cache: LatentCache, batch: Batch, *, cfg: ModelConfig, impl: str = "auto"
-) -> tuple[Float[Array, "T D"], LatentCache]:
-    """Runs new tokens through the trunk over the paged cache.
-
-    One function serves prefill chunks, decode, verification of 1 + K tokens, and mixed steps (a
-    tuple of parts; rows follow one another). Donate the cache at the jit boundary: rows are written
-    in place.
-
-    Returns:
-        hidden [T, D] after the final norm (call `head` on the rows whose logits are wanted) and the
-        cache.
-    """
-    step = _step(batch, cache, cfg)
-
-    def layer(
-        carry: tuple[jax.Array, LatentCache], xs: tuple[Params, jax.Array], experts: bool
-    ) -> tuple[Any, None]:
-        x, pool = carry
-        weights, index = xs
-        attend = attention.over_cache(step.tables, pool, index, step.parts, step.plans, cfg, impl)
-        x, pool, _ = bind(Block, weights, cfg, experts=experts)(x, attend, impl=impl)
-        return (x, pool), None
-
-    carry, first = (embed(params, step.token_ids), cache), 0
-    for name, experts, count in (
-        ("dense_layers", False, cfg.num_dense_layers),
-        ("moe_layers", True, cfg.num_moe_layers),
-    ):
-        if count:
-            body = lambda c, xs, e=experts: layer(c, xs, e)  # noqa: E731
-            carry, _ = jax.lax.scan(
-                body, carry, (params[name], first + jnp.arange(count, dtype=jnp.int32))
-            )
-            first += count
-    x, cache = carry
-    return final_norm(params, x, cfg=cfg), cache
-
-
-def forward_mtp(
-    params: Params,
-    cache: LatentCache,
-    batch: Batch,
-    hidden: Float[Array, "T D"],
-    *,
-    cfg: ModelConfig,
-    module: Int[Array, ""] | int,
-    impl: str = "auto",
-) -> tuple[Float[Array, "T D"], LatentCache]:
-    """Runs one MTP module over the paged cache, in its own layer of the pool.
-
-    Slot p of module k holds the pair (h^{k}[p], t[p + k + 1]) counted from k = 0: `batch.token_ids`
-    are the *following* tokens, while positions and pages are those of the trunk row the hidden
-    state came from.
-
-    Args:
-        params: params with `mtp_layers`.
-        cache: the pool, MTP layers included.
-        batch: rows like those of `forward`.
-        hidden: [T, D], trunk hidden states after the final norm, or the previous depth's output.
-        cfg: the model.
-        module: index of the module, 0 for the first.
-        impl: implementation of every op.
-
-    Returns:
-        h [T, D] after the module's norm (feed it to `head`, and to the next depth) and the cache.
-    """
-    step = _step(batch, cache, cfg)
-    layer = cfg.num_hidden_layers + module
-    attend = attention.over_cache(step.tables, cache, layer, step.parts, step.plans, cfg, impl)
-    weights = jax.tree.map(lambda w: w[module], params["mtp_layers"])
-    h, cache_out, _ = bind(MtpModule, weights, cfg)(
-        embed(params, step.token_ids), hidden, attend, impl=impl
-    )
-    assert isinstance(cache_out, LatentCache)
-    return h, cache_out

@@ -1,1 +1,1 @@
-"""The place of the serving engine (scheduling, pages, transfer, HTTP); it holds nothing yet."""
+"""Serving: scheduling, pages, transfer between engines, and an OpenAI API over HTTP."""

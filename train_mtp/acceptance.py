@@ -83,7 +83,7 @@ def measure(
             rows,
             max_tokens=max_tokens,
             sampling=sampling,
-            rule=rule,
+            accept=rule,
             drafts=drafts,
             impl=impl,
         )

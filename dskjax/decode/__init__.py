@@ -6,21 +6,26 @@ serving call the same step.
 
 from dskjax.decode.acceptance import RULES, Rule
 from dskjax.decode.generate import Generation, generate
+from dskjax.decode.rows import DecodeRows, PrefillRows, StepOutput
+from dskjax.decode.rules import RuleOptions, ThinkIds
 from dskjax.decode.sampling import SamplingParams
+from dskjax.decode.slots import Slots
 from dskjax.decode.stats import AcceptanceStats
-from dskjax.decode.step import DecodeConfig, DecodeState, StepOutput, decode_step, prefill, start
+from dskjax.decode.step import DecodeConfig, step
 
 __all__ = [
     "RULES",
     "AcceptanceStats",
     "DecodeConfig",
-    "DecodeState",
+    "DecodeRows",
     "Generation",
+    "PrefillRows",
     "Rule",
+    "RuleOptions",
     "SamplingParams",
+    "Slots",
     "StepOutput",
-    "decode_step",
+    "ThinkIds",
     "generate",
-    "prefill",
-    "start",
+    "step",
 ]

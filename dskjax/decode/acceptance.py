@@ -50,7 +50,7 @@ class Accepted:
     Attributes:
         tokens: i32 [B, m+1]; the first `count` are accepted drafts and one token from the target,
             the rest is 0.
-        count: i32 [B]; tokens emitted, 1 to m+1 from a rule (`truncate_at_eos` may lower it, to 0
+        count: i32 [B]; tokens emitted, 1 to m+1 from a rule (`truncate_at_stop` may lower it, to 0
             at the least).
     """
 
@@ -172,30 +172,28 @@ def block_residual(
     return _residual(p, q, accepted, jnp.take_along_axis(pi, accepted[:, None], axis=1)[:, 0])
 
 
-def truncate_at_eos(
-    accepted: Accepted, eos_ids: tuple[int, ...], limit: Int[Array, " B"]
+def truncate_at_stop(
+    accepted: Accepted, stop_ids: Int[Array, "B S"], limit: Int[Array, " B"]
 ) -> tuple[Accepted, Bool[Array, " B"]]:
-    """Ends a row at its first end-of-sequence token, still emitted, or at its token budget.
+    """Ends a row at its first stop token (eos), still emitted, or at its token budget.
 
-    Drafts accepted after an eos are not part of the text: they must reach neither the output nor
+    Drafts accepted after a stop are not part of the text: they must reach neither the output nor
     the cached length, so use the returned `count` for both.
 
     Args:
         accepted: what the rule gave.
-        eos_ids: ids that end a row; static; empty = never.
+        stop_ids: ids that end each row; -1 fills unused places.
         limit: i32 [B], tokens the row may still emit; 0 or less emits nothing (an idle row).
 
     Returns:
-        The shortened step, and `finished` [B]: an eos was emitted or nothing is left of the limit.
+        The shortened step, and `finished` [B]: a stop was emitted or nothing is left of the limit.
     """
     slots = jnp.arange(accepted.tokens.shape[1], dtype=jnp.int32)
     budget = jnp.minimum(accepted.count, jnp.maximum(limit, 0)).astype(jnp.int32)
-    is_eos = jnp.zeros(accepted.tokens.shape, bool)
-    for eos in eos_ids:
-        is_eos |= accepted.tokens == eos
-    is_eos &= slots < budget[:, None]  # what is beyond the count is padding, whatever its value
-    ended = jnp.any(is_eos, axis=1)
-    count = jnp.where(ended, jnp.argmax(is_eos, axis=1).astype(jnp.int32) + 1, budget)
+    is_stop = jnp.any(accepted.tokens[:, :, None] == stop_ids[:, None, :], axis=-1)
+    is_stop &= slots < budget[:, None]  # what is beyond the count is padding, whatever its value
+    ended = jnp.any(is_stop, axis=1)
+    count = jnp.where(ended, jnp.argmax(is_stop, axis=1).astype(jnp.int32) + 1, budget)
     tokens = jnp.where(slots < count[:, None], accepted.tokens, 0)
     return Accepted(tokens=tokens, count=count), ended | (count >= limit)
 

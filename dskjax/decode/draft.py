@@ -5,20 +5,20 @@ H[0..N-1] the trunk's hidden states after its final norm, and anchor i is the ro
 came from.
 
     chain (A)      K independent modules. Depth k at anchor i takes (h^{k-1}[i], t[i+k]), h^0 = H,
-    and has a cache of its
-                   own. Anchor N-1 gives draft k at depth k. A row is final once t[i+k] is known;
-                   rows that looked at drafts are computed again, which is why the last K-1 hidden
-                   states and tokens are kept from step to step.
+                   and has a cache of its own. Anchor N-1 gives draft k at depth k. A row is final
+                   once t[i+k] is known; rows that looked at drafts are computed again, which is
+                   why the last K-1 hidden states and tokens are kept from step to step.
     recycled (C)   one module. Depth 1 runs over all newly known pairs (H[i], t[i+1]), overwriting
-    what the last round of
-                   drafting wrote there; after that the module eats its own output, one row per
-                   draft, at the next slot.
+                   what the last round of drafting wrote there; after that the module eats its own
+                   output, one row per draft, at the next slot.
 
 Rows of a wrong draft stay in the cache beyond the sequence's length, where nothing reads them,
-until they are overwritten.
+until they are overwritten. A step may draft fewer tokens than the modules could (`drafts` below
+`depths`): the modules' rows are kept up to date all the same, so that a later step can draft more.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +28,8 @@ from jaxtyping import Array, Float, Int
 from dskjax.batch import RaggedBatch
 from dskjax.config import ModelConfig, MtpScheme
 from dskjax.decode.sampling import SamplingParams, distribution, sample
-from dskjax.model import forward_mtp, head
+from dskjax.model import head
+from dskjax.paged import forward_mtp
 from dskjax.params import Params
 from pallas_kernels import LatentCache
 
@@ -39,13 +40,16 @@ class DraftSpec:
 
     Attributes:
         scheme: "chain" or "recycled".
-        drafts: m, tokens drafted a step; 0 turns speculation off.
-        sampled: draw drafts from the module's tempered distribution, which the acceptance rule then
-            needs; otherwise take the argmax.
+        drafts: m, tokens drafted a step; 0 drafts nothing.
+        depths: modules that run over known tokens: all of a chain that may draft, one when
+            recycled, none without speculation.
+        sampled: draw drafts from the module's distribution, which the acceptance rule then needs;
+            otherwise take the argmax.
     """
 
     scheme: MtpScheme
     drafts: int
+    depths: int
     sampled: bool
 
     @classmethod
@@ -70,14 +74,13 @@ class DraftSpec:
                 f"(num_nextn_predict_layers={modules}): "
                 f"use at most {modules}"
             )
-        return cls(scheme=cfg.mtp.scheme, drafts=drafts, sampled=sampled)
+        depths = drafts if cfg.mtp.scheme == "chain" else min(drafts, 1)
+        return cls(scheme=cfg.mtp.scheme, drafts=drafts, depths=depths, sampled=sampled)
 
-    @property
-    def depths(self) -> int:
-        """Modules that run over known tokens: all of a chain that are used, one when recycled, none
-        without drafts.
-        """
-        return self.drafts if self.scheme == "chain" else min(self.drafts, 1)
+    def fewer(self, drafts: int) -> "DraftSpec":
+        """The same modules, drafting `drafts` tokens: what a step of the same sequences may use."""
+        assert 0 <= drafts <= self.drafts, (drafts, self)
+        return dataclasses.replace(self, drafts=drafts)
 
     @property
     def tail(self) -> int:
@@ -156,7 +159,7 @@ def propose(
     cache: LatentCache,
     page_table: Int[Array, "B W"],
     window: Window,
-    sampling: SamplingParams,
+    draw: Callable[[Array, Array], SamplingParams],
     u_draft: Float[Array, "B m"],
     *,
     cfg: ModelConfig,
@@ -171,7 +174,8 @@ def propose(
         page_table: pages of each sequence.
         window: rows to compute; must start at or before the first anchor whose rows are not final
             (`spec.tail` rows back).
-        sampling: how drafts are drawn if `spec.sampled`.
+        draw: how draft `depth` (i32) is drawn if `spec.sampled`, given the entropy [B] in nats of
+            the first draft's law.
         u_draft: uniforms for drawing them.
         cfg: the model.
         spec: scheme and number of drafts.
@@ -182,49 +186,71 @@ def propose(
     """
     batch, rows, width = window.hidden.shape
     nothing = no_drafts(batch, cfg, spec)
-    if not spec.drafts:
+    if not spec.depths:
         return nothing, cache
     sequence = jnp.arange(batch)
     known = window.end - rows + window.last + 1  # N: position of the newest known token
 
-    def pick(row_hidden: jax.Array, u: jax.Array) -> Drafts:
-        logits = head(params, row_hidden, cfg=cfg)
+    def pick(
+        hidden: jax.Array, u: jax.Array, depth: jax.Array, entropy: jax.Array
+    ) -> tuple[Drafts, jax.Array]:
+        logits = head(params, hidden, cfg=cfg)
         if not spec.sampled:
-            return Drafts(jnp.argmax(logits, axis=-1).astype(jnp.int32), None)
-        probs = distribution(logits, sampling)
-        return Drafts(sample(probs, u), probs)
+            return Drafts(jnp.argmax(logits, axis=-1).astype(jnp.int32), None), entropy
+        entropy = jnp.where(depth == 0, _entropy(logits), entropy)
+        probs = distribution(logits, draw(depth, entropy))
+        return Drafts(sample(probs, u), probs), entropy
 
-    def depth(carry: Any, xs: tuple[jax.Array, jax.Array]) -> tuple[Any, Drafts]:
-        hidden, tokens, pool = carry
-        k, u = xs
+    def module(carry: Any, k: jax.Array) -> tuple[jax.Array, LatentCache]:
+        hidden, tokens, _, pool = carry
         shifted = jax.lax.dynamic_slice_in_dim(tokens, k, rows, axis=1)
         part = RaggedBatch.uniform(shifted, page_table, window.end, "absorbed")
-        hidden, pool = forward_mtp(params, pool, part, hidden, cfg=cfg, module=k, impl=impl)
-        draft = pick(hidden.reshape(batch, rows, width)[sequence, window.last], u)
-        return (hidden, tokens.at[sequence, window.last + k + 1].set(draft.tokens), pool), draft
+        return forward_mtp(params, pool, part, hidden, cfg=cfg, module=k, impl=impl)
+
+    def depth(carry: Any, xs: tuple[jax.Array, jax.Array]) -> tuple[Any, Drafts]:
+        k, u = xs
+        hidden, pool = module(carry, k)
+        newest = hidden.reshape(batch, rows, width)[sequence, window.last]
+        draft, entropy = pick(newest, u, k, carry[2])
+        tokens = carry[1].at[sequence, window.last + k + 1].set(draft.tokens)
+        return (hidden, tokens, entropy, pool), draft
+
+    def upkeep(carry: Any, k: jax.Array) -> tuple[Any, None]:
+        hidden, pool = module(carry, k)  # no draft follows: these rows are computed again anyway
+        return (hidden, *carry[1:3], pool), None
 
     def recycle(carry: Any, xs: tuple[jax.Array, jax.Array]) -> tuple[Any, Drafts]:
-        newest, token, pool = carry
+        newest, token, entropy, pool = carry
         j, u = xs
         lens = jnp.where(window.end > 0, known + j, 0)
         part = RaggedBatch.uniform(token[:, None], page_table, lens, "absorbed")
         newest, pool = forward_mtp(params, pool, part, newest, cfg=cfg, module=0, impl=impl)
-        draft = pick(newest, u)
-        return (newest, draft.tokens, pool), draft
+        draft, entropy = pick(newest, u, j, entropy)
+        return (newest, draft.tokens, entropy, pool), draft
 
-    steps = jnp.arange(spec.drafts, dtype=jnp.int32)
-    split = spec.depths
-    tokens = jnp.pad(window.tokens, ((0, 0), (0, split)))
-    carry = (window.hidden.reshape(-1, width), tokens, cache)
-    with jax.named_scope("mtp/depths"):
-        (hidden, _, cache), picked = jax.lax.scan(
-            depth, carry, (steps[:split], u_draft.T[:split]), unroll=split == 1
-        )
+    steps = jnp.arange(max(spec.drafts, spec.depths), dtype=jnp.int32)
+    split = min(spec.depths, spec.drafts)
+    tokens = jnp.pad(window.tokens, ((0, 0), (0, spec.depths)))
+    carry = (window.hidden.reshape(-1, width), tokens, jnp.zeros(batch, jnp.float32), cache)
+    picked = None
+    if split:
+        with jax.named_scope("mtp/depths"):
+            carry, picked = jax.lax.scan(
+                depth, carry, (steps[:split], u_draft.T[:split]), unroll=split == 1
+            )
+    if split < spec.depths:
+        with jax.named_scope("mtp/upkeep"):
+            carry, _ = jax.lax.scan(upkeep, carry, steps[split : spec.depths])
+    hidden, _, entropy, cache = carry
+    if picked is None:
+        return nothing, cache
     if split < spec.drafts:
         newest = hidden.reshape(batch, rows, width)[sequence, window.last]
-        carry = (newest, picked.tokens[-1], cache)
+        carry = (newest, picked.tokens[-1], entropy, cache)
         with jax.named_scope("mtp/recycle"):
-            (_, _, cache), more = jax.lax.scan(recycle, carry, (steps[split:], u_draft.T[split:]))
+            (_, _, _, cache), more = jax.lax.scan(
+                recycle, carry, (steps[split:], u_draft.T[split:])
+            )
         picked = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), picked, more)
     drafts = jax.tree.map(lambda x: x.swapaxes(0, 1), picked)
     has_anchor = (window.end > 0) & (known > 0)
@@ -233,3 +259,8 @@ def propose(
         return jnp.where(has_anchor.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
 
     return jax.tree.map(keep, drafts, nothing), cache
+
+
+def _entropy(logits: jax.Array) -> jax.Array:
+    log_probs = jax.nn.log_softmax(logits, axis=-1)
+    return -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)

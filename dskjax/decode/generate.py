@@ -15,12 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dskjax.batch import RaggedBatch
 from dskjax.cache import init_cache
 from dskjax.config import ModelConfig
+from dskjax.decode.rows import DecodeRows, PrefillRows, StepOutput
+from dskjax.decode.rules import RuleOptions, ThinkIds
 from dskjax.decode.sampling import SamplingParams
+from dskjax.decode.slots import RowOptions, Slots, init_slots
 from dskjax.decode.stats import AcceptanceStats
-from dskjax.decode.step import DecodeConfig, DecodeState, StepOutput, decode_step, prefill, start
+from dskjax.decode.step import NO_THINKING, DecodeConfig, step
 from dskjax.params import Params
 
 FinishReason = Literal["stop", "length"]
@@ -34,7 +36,7 @@ class Generation:
         tokens: new ids of each prompt; an eos that ended it is the last of them.
         finish_reasons: "stop" (eos) or "length".
         per_prompt: acceptance, counted for each prompt.
-        ties: greedy choices whose two best logits were closer than `dskjax.decode.step.TIE_GAP`.
+        ties: greedy choices whose two best logits were closer than `dskjax.decode.rows.TIE_GAP`.
         prefill_seconds: wall time of prefill and first drafts, compilation included.
         decode_seconds: wall time of the decode loop, compilation included.
     """
@@ -55,25 +57,10 @@ class Generation:
         return total
 
 
-class Programs(NamedTuple):
-    """The jitted functions of one (model, configuration); caches and states are donated."""
-
-    prefill: Callable
-    start: Callable
-    step: Callable
-
-
 @functools.cache
-def programs(cfg: ModelConfig, config: DecodeConfig) -> Programs:
-    """Jitted prefill, start and step; made once per model and configuration and shared by every
-    call.
-    """
-    spec, impl = config.spec, config.impl
-    return Programs(
-        jax.jit(functools.partial(prefill, cfg=cfg, spec=spec, impl=impl), donate_argnums=1),
-        jax.jit(functools.partial(start, cfg=cfg, config=config), donate_argnums=1),
-        jax.jit(functools.partial(decode_step, cfg=cfg, config=config), donate_argnums=1),
-    )
+def program(cfg: ModelConfig, config: DecodeConfig) -> Callable:
+    """The jitted step of one model and configuration, shared by all calls; the state is donated."""
+    return jax.jit(functools.partial(step, cfg=cfg, config=config), donate_argnums=1)
 
 
 def generate(
@@ -83,8 +70,11 @@ def generate(
     *,
     max_tokens: int,
     sampling: SamplingParams | None = None,
-    rule: str = "rejection",
+    accept: RuleOptions | str = "rejection",
+    rules: Sequence[str] | None = None,
     drafts: int = 0,
+    thinking: Sequence[bool] | None = None,
+    think: ThinkIds = NO_THINKING,
     ignore_eos: bool = False,
     page_size: int = 64,
     chunk: int = 512,
@@ -100,8 +90,12 @@ def generate(
         prompts: token ids of each prompt, any lengths.
         max_tokens: most new tokens per prompt.
         sampling: per-prompt parameters; greedy when None.
-        rule: acceptance rule.
+        accept: acceptance rule of every prompt, or its text form.
+        rules: rules compiled into the step, `accept` among them: calls that differ in nothing else
+            share one program. None: `accept` alone.
         drafts: tokens drafted a step by the MTP modules; 0 turns speculation off.
+        thinking: which prompts end inside a thinking section; none when None.
+        think: ids of the thinking tags, for rules that look at the phase.
         ignore_eos: never stop at an eos.
         page_size: tokens a cache page.
         chunk: most prompt tokens per sequence in one prefill call.
@@ -114,8 +108,10 @@ def generate(
             max_position_embeddings, or a draft count the checkpoint cannot serve.
     """
     _check(cfg, prompts, max_tokens)
+    if isinstance(accept, str):
+        accept = RuleOptions.parse(accept)
     config = DecodeConfig.make(
-        cfg, rule=rule, drafts=drafts, eos_ids=() if ignore_eos else None, impl=impl
+        cfg, accept=tuple(rules or (accept.name,)), drafts=drafts, think=think, impl=impl
     )
     sampling = sampling or SamplingParams.make(len(prompts), temperature=0.0)
     if sampling.seed.shape[0] != len(prompts):
@@ -123,6 +119,8 @@ def generate(
             f"sampling has {sampling.seed.shape[0]} rows for {len(prompts)} prompts: "
             f"use SamplingParams.make({len(prompts)}, ...)"
         )
+    stop_ids = () if ignore_eos else cfg.eos_token_id
+    options = RowOptions.make(sampling, accept=accept, drafts=drafts, stop_ids=stop_ids)
     result = Generation(
         tokens=[[] for _ in prompts],
         finish_reasons=["length"] * len(prompts),
@@ -132,30 +130,38 @@ def generate(
         decode_seconds=0.0,
     )
     begun = time.perf_counter()
-    state = prefill_prompts(
+    batch = prefill_prompts(
         params,
         cfg,
         prompts,
         config,
-        sampling,
+        options,
+        thinking=thinking,
         max_tokens=max_tokens,
         page_size=page_size,
         chunk=chunk,
         kv_dtype=kv_dtype,
     )
-    jax.block_until_ready(state.drafts.tokens)
+    jax.block_until_ready(batch.state.cache)
     result.prefill_seconds = time.perf_counter() - begun
     begun = time.perf_counter()
-    step = programs(cfg, config).step
+    run, state = program(cfg, config), batch.state
     pending: StepOutput | None = None
     running = len(prompts)
     while running:
-        state, output = step(params, state)
+        state, output = run(params, state, batch.rows, None)
         if pending is not None:
-            running -= _read(pending, config, result, on_tokens)
+            running -= _read(pending, stop_ids, result, on_tokens)
         pending = output
     result.decode_seconds = time.perf_counter() - begun
     return result
+
+
+class PrefilledBatch(NamedTuple):
+    """Slots whose prompts are in the cache, and the rows that decode all of them."""
+
+    state: Slots
+    rows: DecodeRows
 
 
 def prefill_prompts(
@@ -163,64 +169,63 @@ def prefill_prompts(
     cfg: ModelConfig,
     prompts: Sequence[Sequence[int]],
     config: DecodeConfig,
-    sampling: SamplingParams,
+    options: RowOptions,
     *,
     max_tokens: int,
     page_size: int,
     chunk: int,
+    thinking: Sequence[bool] | None = None,
     kv_dtype: str = "auto",
-) -> DecodeState:
-    """Allocates a cache that holds all prompts to their ends, prefills them together and drafts
-    once.
-    """
-    run, spec, batch = programs(cfg, config), config.spec, len(prompts)
+) -> PrefilledBatch:
+    """Allocates a cache that holds all prompts to their ends and prefills them together."""
+    run, spec, batch = program(cfg, config), config.spec, len(prompts)
     lengths = np.array([len(p) - 1 for p in prompts], np.int32)
     longest = int(lengths.max())
-    width = -(-(longest + 1 + max_tokens + spec.drafts) // page_size)
+    width = -(-(longest + 1 + max_tokens + 2 * spec.drafts) // page_size)
+    slots = jnp.arange(batch, dtype=jnp.int32)
     page_table = jnp.arange(batch * width, dtype=jnp.int32).reshape(batch, width)
     dtype = params["embed_tokens"]["weight"].dtype
     cache = init_cache(
         cfg, num_pages=batch * width, page_size=page_size, dtype=dtype, kv_dtype=kv_dtype
     )
-    chunk = max(min(chunk, 1 << max(longest - 1, 0).bit_length()), spec.tail + 1, 8)
+    tails = [list(p[-spec.tail :]) if spec.tail else [] for p in prompts]
+    state = dataclasses.replace(
+        init_slots(cache, jax.tree.map(jnp.copy, options), cfg=cfg, spec=spec, dtype=dtype),
+        length=jnp.asarray(lengths),
+        last_token=jnp.asarray([p[-1] for p in prompts], jnp.int32),
+        token_tail=jnp.asarray([[0] * (spec.tail - len(t)) + t for t in tails], jnp.int32).reshape(
+            batch, spec.tail
+        ),
+        remaining=jnp.full(batch, max_tokens, jnp.int32),
+        done=jnp.zeros(batch, bool),
+        thinking=jnp.asarray(np.zeros(batch, bool) if thinking is None else list(thinking)),
+    )
+    chunk = max(min(chunk, 1 << max(longest - 1, 0).bit_length()), 8)
     columns = -(-longest // chunk) * chunk
-    # Prompts end together: column c of a sequence is position c - (columns - length); what lies
-    # before is idle.
     ids = np.zeros((batch, columns + 1 + spec.depths), np.int32)
     for row, prompt in zip(ids, prompts, strict=True):
-        row[columns + 1 - len(prompt) : columns + 1] = prompt
-    hidden = jnp.zeros((batch, spec.tail + 1, cfg.hidden_size), dtype)
+        row[: len(prompt)] = prompt
     for first in range(0, columns, chunk):
         stop = first + chunk
-        lens = np.maximum(lengths - (columns - stop), 0).astype(np.int32)
-        part = RaggedBatch.uniform(
-            jnp.asarray(ids[:, first:stop]), page_table, jnp.asarray(lens), "expanded"
+        following = [ids[:, first + k + 1 : stop + k + 1] for k in range(spec.depths)]
+        rows = PrefillRows(
+            slots=slots,
+            page_table=page_table,
+            token_ids=jnp.asarray(ids[:, first:stop]),
+            following=jnp.asarray(np.stack(following or [ids[:, :0]], axis=-1)).reshape(
+                batch, chunk, spec.depths
+            ),
+            cached_lens=jnp.asarray(np.minimum(lengths, stop)),
+            query_lens=jnp.asarray(np.clip(lengths - first, 0, chunk)),
         )
-        following = np.stack(
-            [ids[:, first + k + 1 : stop + k + 1] for k in range(spec.depths)] or [ids[:, :0]],
-            axis=-1,
-        )
-        rows, cache = run.prefill(
-            params, cache, part, jnp.asarray(following.reshape(batch * chunk, spec.depths))
-        )
-        hidden = rows.reshape(batch, chunk, -1)[:, chunk - spec.tail - 1 :]
-    after = ids[:, columns - spec.tail : columns + 1] if columns else ids[:, -(spec.tail + 1) :]
-    return run.start(
-        params,
-        cache,
-        page_table,
-        jnp.asarray(lengths),
-        jnp.asarray(ids[:, columns]),
-        hidden,
-        jnp.asarray(after),
-        jnp.full((batch,), max_tokens, jnp.int32),
-        sampling,
-    )
+        state, _ = run(params, state, None, rows)
+    scale = jnp.ones(spec.drafts, jnp.float32)
+    return PrefilledBatch(state, DecodeRows(slots=slots, page_table=page_table, draft_scale=scale))
 
 
 def _read(
     output: StepOutput,
-    config: DecodeConfig,
+    stop_ids: tuple[int, ...],
     result: Generation,
     on_tokens: Callable[[int, list[int]], None] | None,
 ) -> int:
@@ -233,7 +238,7 @@ def _read(
         result.per_prompt[index].update(
             out.accepted[index] + 1, drafted=out.offered[index], emitted=out.count[index]
         )
-        if out.finished[index] and new and new[-1] in config.eos_ids:
+        if out.finished[index] and new and new[-1] in stop_ids:
             result.finish_reasons[index] = "stop"
         if on_tokens is not None:
             on_tokens(int(index), new)

@@ -4,8 +4,8 @@ Three figures are called "acceptance" in the field and differ (spec: vLLM, SGLan
 definitions), so each has its own name here and none is called just that:
 
     accepted_per_drafted  accepted drafts / drafted tokens; vLLM and SGLang "acceptance rate"
-    mean_accepted_length  1 + accepted drafts / steps, before any cut at eos; vLLM "mean acceptance
-                          length"
+    mean_accepted_length  1 + accepted drafts / steps that had drafts (a request's first step has
+                          none), before any cut at eos; vLLM "mean acceptance length"
     emitted_per_step      tokens that reached the text / steps; SGLang "accept length", a little
                           lower
     per_position[i]       P(at least i+1 drafts accepted), unconditional; vLLM "per position"
@@ -53,7 +53,7 @@ class AcceptanceStats:
         Args:
             count: [B] ints, `Accepted.count` as the rule gave it (accepted drafts + 1).
             drafted: drafts offered, one int or [B].
-            emitted: [B] ints, the count after `truncate_at_eos`; absent = `count`.
+            emitted: [B] ints, the count after `truncate_at_stop`; absent = `count`.
             active: [B] bools, rows that are real; absent = all. Idle and padding rows must not be
                 counted.
 
@@ -75,7 +75,7 @@ class AcceptanceStats:
         if np.any((emits < 0) | (emits > counts)):
             raise ValueError(
                 f"emitted={emits.tolist()} is not within 0..count={counts.tolist()}: pass the "
-                "count that truncate_at_eos returned"
+                "count that truncate_at_stop returned"
             )
         self.steps += int(counts.size)
         self.drafted += int(depths.sum())
@@ -111,8 +111,11 @@ class AcceptanceStats:
 
     @property
     def mean_accepted_length(self) -> float:
-        """1 + accepted drafts per step: counts the target's own token, ignores cuts at eos."""
-        return _rate(self.steps + self.accepted, self.steps)
+        """1 + accepted drafts per step that had drafts: counts the target's own token, ignores cuts
+        at eos. 1 where nothing was ever drafted.
+        """
+        drafting = self.offered_at[0] if self.offered_at else 0
+        return 1 + self.accepted / drafting if drafting else _rate(self.steps, self.steps)
 
     @property
     def emitted_per_step(self) -> float:

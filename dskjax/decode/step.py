@@ -1,54 +1,65 @@
-"""The one decode step: verify last step's drafts, accept, draft again. Pure, meant for one jit with
-donated state.
+"""The one jitted step: verify last step's drafts, accept, draft again; and put prompt rows into the
+cache beside it.
 
-    tokens  = [last token | drafts]                       1 + m rows a sequence, at positions n .. n
-    + m forward -> p[0..m]                                    target laws after temperature and
-    truncation rule(p, drafts, q, uniforms) -> y[0..a-1]             a in 1 .. m + 1 tokens, cut at
-    eos and at the request's limit propose(hidden of the a accepted rows, y) -> drafts   MTP
-    modules, see `dskjax.decode.draft`
+    tokens  = [last token | drafts]            1 + m rows a sequence, at positions n .. n + m
+    forward -> p[0..m]                         target laws after penalties, temperature, truncation
+    rule(p, drafts, q, uniforms) -> y[0..a-1]  a in 1 .. m + 1 tokens, cut at a stop or at the limit
+    propose(hidden of the a rows, y) -> drafts MTP modules, see `dskjax.decode.draft`
 
 A sequence's state after the step: n + a tokens cached, y[a-1] waiting as last token. The same step
 serves plain decoding (m = 0), and a prompt's last token is simply the first "last token": prefill
-never samples.
+never samples, and a sequence's first step has no drafts to verify.
 """
 
 import dataclasses
 import typing
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
 
 from dskjax.batch import RaggedBatch
 from dskjax.config import ModelConfig
-from dskjax.decode.acceptance import RULES, Rule, truncate_at_eos
+from dskjax.decode.acceptance import truncate_at_stop
 from dskjax.decode.draft import Drafts, DraftSpec, Window, extend, propose
-from dskjax.decode.sampling import SamplingParams, distribution, step_uniforms
-from dskjax.model import forward, head
+from dskjax.decode.logits import adjust, count_said, logprobs
+from dskjax.decode.rows import TIE_GAP, DecodeRows, PrefillRows, StepOutput
+from dskjax.decode.rules import (
+    RULE_NAMES,
+    RuleOptions,
+    SyntheticAcceptance,
+    ThinkIds,
+    accept_rows,
+    accept_synthetic,
+    draft_sampling,
+    overlap,
+    thinking_after,
+)
+from dskjax.decode.sampling import distribution, step_uniforms
+from dskjax.decode.slots import RowOptions, Slots
+from dskjax.model import head
+from dskjax.paged import forward
 from dskjax.params import Params
-from pallas_kernels import LatentCache
 
-TIE_GAP = 1e-4
-"""Gap of the two best logits below which a greedy choice counts as a tie: two correct programs may
-differ there.
-"""
-
+NO_THINKING = ThinkIds(None, None)
+"""A tokenizer without thinking tags."""
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeConfig:
     """Static choices of a decode step; each value compiles its own program.
 
     Attributes:
-        rule: acceptance rule.
         spec: drafting.
-        eos_ids: ids that end a sequence; empty ignores eos.
+        rules: names of the acceptance rules that rows may use.
+        think: ids that open and close a thinking section.
+        synthetic: simulated acceptance, for benchmarks; the text then means nothing.
         impl: implementation of every op.
     """
 
-    rule: Rule
     spec: DraftSpec
-    eos_ids: tuple[int, ...] = ()
+    rules: tuple[str, ...]
+    think: ThinkIds = NO_THINKING
+    synthetic: SyntheticAcceptance | None = None
     impl: str = "auto"
 
     @classmethod
@@ -56,244 +67,271 @@ class DecodeConfig:
         cls,
         cfg: ModelConfig,
         *,
-        rule: str = "rejection",
+        accept: RuleOptions | tuple[str, ...],
         drafts: int = 0,
-        eos_ids: tuple[int, ...] | None = None,
+        think: ThinkIds = NO_THINKING,
+        synthetic: SyntheticAcceptance | None = None,
         impl: str = "auto",
     ) -> "DecodeConfig":
-        """Builds and checks a configuration. The strict rule compares tokens, so it drafts by
-        argmax; the others draw drafts from the modules' tempered distribution, which at temperature
-        0 is the argmax too.
+        """Builds and checks a configuration. A rule that compares tokens wants argmax drafts; the
+        others draw drafts from the modules' distributions, one-hot for a greedy row.
+
+        Args:
+            cfg: the model.
+            accept: the rule of every row, or the names of the rules that rows may choose from.
+            drafts: tokens drafted a step.
+            think: ids of the thinking tags.
+            synthetic: see the class.
+            impl: see the class.
 
         Raises:
             ValueError: unknown rule, or more drafts than the model's modules allow.
         """
-        if rule not in RULES:
-            raise ValueError(f"unknown acceptance rule {rule!r}; choose one of {', '.join(RULES)}")
-        spec = DraftSpec.make(cfg, drafts, sampled=rule != "strict" and drafts > 0)
-        return cls(
-            rule=cast(Rule, rule),
-            spec=spec,
-            eos_ids=cfg.eos_token_id if eos_ids is None else eos_ids,
-            impl=impl,
-        )
+        rules = (accept.name,) if isinstance(accept, RuleOptions) else tuple(accept)
+        if unknown := [name for name in rules if name not in RULE_NAMES]:
+            raise ValueError(
+                f"unknown acceptance rule {unknown[0]!r}; choose one of {', '.join(RULE_NAMES)}"
+            )
+        sampled = drafts > 0 and rules != ("strict",)
+        spec = DraftSpec.make(cfg, drafts, sampled=sampled)
+        return cls(spec=spec, rules=rules, think=think, synthetic=synthetic, impl=impl)
+
+    def fewer(self, drafts: int) -> "DecodeConfig":
+        """The same sequences, with fewer drafts in a step."""
+        return dataclasses.replace(self, spec=self.spec.fewer(drafts))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-@typing.no_type_check  # a pytree is also rebuilt from specs, shapes and None: no check at birth
-class DecodeState:
-    """Everything a batch of sequences carries from step to step, on device. Donate it.
-
-    Attributes:
-        cache: the paged pool.
-        page_table: i32 [B, W].
-        length: i32 [B], n: tokens in the cache; the last token stands at position n.
-        last_token: i32 [B].
-        drafts: drafts for positions n + 1 .. n + m.
-        hidden_tail: [B, tail, D], trunk hidden states of the last anchors a chain computes again.
-        token_tail: i32 [B, tail], the token after each of them.
-        remaining: i32 [B], tokens the request may still emit.
-        active: bool [B]; a finished or empty row is idle and touches nothing.
-        sampling: per-row parameters.
-    """
-
-    cache: LatentCache
-    page_table: jax.Array
-    length: jax.Array
-    last_token: jax.Array
-    drafts: Drafts
-    hidden_tail: jax.Array
-    token_tail: jax.Array
-    remaining: jax.Array
-    active: jax.Array
-    sampling: SamplingParams
-
-
-class StepOutput(NamedTuple):
-    """What a step hands to the host.
-
-    Attributes:
-        tokens: i32 [B, m + 1]; the first `count` are new.
-        count: i32 [B], 0 for idle rows.
-        accepted: i32 [B], drafts the rule accepted before any cut at eos or limit.
-        offered: i32 [B], drafts that were on the table.
-        active: bool [B], rows that were decoding in this step.
-        finished: bool [B], rows that ended in this step.
-        ties: i32 [B], greedy tokens among the new ones whose top-2 logit gap was below `TIE_GAP`.
-    """
-
-    tokens: Int[Array, "B n"]
-    count: Int[Array, " B"]
-    accepted: Int[Array, " B"]
-    offered: Int[Array, " B"]
-    active: Bool[Array, " B"]
-    finished: Bool[Array, " B"]
-    ties: Int[Array, " B"]
-
-
-def prefill(
+def step(
     params: Params,
-    cache: LatentCache,
-    batch: RaggedBatch,
-    following: Int[Array, "T K"],
-    *,
-    cfg: ModelConfig,
-    spec: DraftSpec,
-    impl: str = "auto",
-) -> tuple[Float[Array, "T D"], LatentCache]:
-    """Runs prompt rows through the trunk and the MTP modules, any chunking.
-
-    A prompt of P tokens is prefilled up to its last token exclusive (P - 1 rows), which then starts
-    decoding. At a chunk border the modules see the known next tokens of the prompt.
-
-    Args:
-        params: the model's weights.
-        cache: the pool.
-        batch: chunk rows.
-        following: i32 [T, spec.depths], the token 1, 2, .. places after each row.
-        cfg: the model.
-        spec: drafting.
-        impl: implementation of every op.
-
-    Returns:
-        hidden [T, D] (the last `spec.tail + 1` rows of each sequence go to `start`) and the cache.
-    """
-    hidden, cache = forward(params, cache, batch, cfg=cfg, impl=impl)
-    return hidden, extend(params, cache, batch, following, hidden, cfg=cfg, spec=spec, impl=impl)
-
-
-def start(
-    params: Params,
-    cache: LatentCache,
-    page_table: Int[Array, "B W"],
-    length: Int[Array, " B"],
-    last_token: Int[Array, " B"],
-    hidden: Float[Array, "B R D"],
-    tokens: Int[Array, "B R"],
-    remaining: Int[Array, " B"],
-    sampling: SamplingParams,
+    state: Slots,
+    decode: DecodeRows | None,
+    prefill: PrefillRows | None,
     *,
     cfg: ModelConfig,
     config: DecodeConfig,
-) -> DecodeState:
-    """State of sequences whose prompts are prefilled, with their first drafts.
+) -> tuple[Slots, StepOutput | None]:
+    """Runs decoding rows, prompt rows, or both in one forward. No slot may be in both.
 
     Args:
-        params: the model's weights.
-        cache: the pool.
-        page_table: pages, with room for prompt, new tokens and m drafts.
-        length: prefilled tokens of each sequence (P - 1).
-        last_token: the prompt's last token.
-        hidden: trunk hidden states of the last R = tail + 1 prefilled rows; what lies before the
-            prompt's begin may be anything.
-        tokens: the token after each of those rows; the last one is `last_token`.
-        remaining: tokens to emit at most; 0 makes an idle row.
-        sampling: per-row parameters.
+        params: weights; their dtype is the compute dtype.
+        state: donated.
+        decode: rows to decode, or None.
+        prefill: prompt rows, or None.
         cfg: the model.
-        config: static choices.
+        config: static choices; its spec may draft fewer tokens than the state holds.
+
+    Returns:
+        The state, and the output of the decoding rows (None without any).
     """
-    spec, batch = config.spec, last_token.shape[0]
-    active = remaining > 0
-    end = jnp.where(active, length, 0)
-    rows = hidden.shape[1]
-    assert rows == spec.tail + 1, (rows, spec)
-    window = Window(hidden, tokens, jnp.full((batch,), rows - 1, jnp.int32), end)
-    uniforms = step_uniforms(sampling.seed, length + 1, spec.drafts)
-    drafts, cache = propose(
-        params,
-        cache,
-        page_table,
-        window,
-        sampling,
-        uniforms.draft,
-        cfg=cfg,
-        spec=spec,
-        impl=config.impl,
-    )
-    return DecodeState(
-        cache=cache,
-        page_table=page_table,
-        length=length,
-        last_token=last_token,
-        drafts=drafts,
-        hidden_tail=hidden[:, 1:],
-        token_tail=tokens[:, 1:],
-        remaining=remaining,
-        active=active,
-        sampling=sampling,
-    )
+    parts, m = [], config.spec.drafts
+    rows = None
+    if decode is not None:
+        rows = _Rows.of(state, decode, m)
+        parts.append(RaggedBatch.uniform(rows.tokens, decode.page_table, rows.end, "absorbed"))
+    if prefill is not None:
+        parts.append(
+            RaggedBatch.uniform(
+                prefill.token_ids,
+                prefill.page_table,
+                prefill.cached_lens,
+                "expanded",
+                prefill.query_lens,
+            )
+        )
+    with jax.named_scope("forward"):
+        hidden, cache = forward(params, state.cache, tuple(parts), cfg=cfg, impl=config.impl)
+    state = dataclasses.replace(state, cache=cache)
+    output = None
+    decoded = 0 if rows is None else rows.tokens.size
+    if prefill is not None:
+        state = keep_prefilled(params, state, prefill, parts[-1], hidden[decoded:], cfg, config)
+    if decode is not None:
+        assert rows is not None
+        batch = rows.tokens.shape[0]
+        wide = hidden[:decoded].reshape(batch, 1 + m, -1)
+        state, output = _accept_and_draft(params, state, decode, rows, wide, cfg, config)
+    return state, output
 
 
-def decode_step(
-    params: Params, state: DecodeState, *, cfg: ModelConfig, config: DecodeConfig
-) -> tuple[DecodeState, StepOutput]:
-    """Verifies, accepts and drafts once for every active sequence."""
+class _Rows(NamedTuple):
+    """The decoding slots' state, gathered: [B] rows."""
+
+    active: jax.Array
+    length: jax.Array
+    last_token: jax.Array
+    drafts: Drafts
+    tokens: jax.Array
+    end: jax.Array
+    options: RowOptions
+
+    @classmethod
+    def of(cls, state: Slots, decode: DecodeRows, m: int) -> "_Rows":
+        slots = jnp.minimum(decode.slots, state.count - 1)
+        real = decode.slots < state.count
+        active = real & ~state.done[slots] & (state.remaining[slots] > 0)
+        length, last_token = state.length[slots], state.last_token[slots]
+        drafts = state.drafts[slots, :m]
+        probs = None if state.draft_probs is None else state.draft_probs[slots, :m]
+        tokens = jnp.concatenate([last_token[:, None], jnp.maximum(drafts, 0)], axis=1)
+        end = jnp.where(active, length + 1 + m, 0)
+        options = jax.tree.map(lambda x: x[slots], state.options)
+        return cls(active, length, last_token, Drafts(drafts, probs), tokens, end, options)
+
+
+def keep_prefilled(
+    params: Params,
+    state: Slots,
+    rows: PrefillRows,
+    part: RaggedBatch,
+    hidden: jax.Array,
+    cfg: ModelConfig,
+    config: DecodeConfig,
+) -> Slots:
+    """Runs the modules over prompt rows and keeps the hidden states that drafting needs again."""
     spec = config.spec
-    m, active, batch = spec.drafts, state.active, state.last_token.shape[0]
-    with jax.named_scope("verify"):
-        rows = jnp.concatenate(
-            [state.last_token[:, None], jnp.maximum(state.drafts.tokens, 0)], axis=1
+    if not spec.depths:
+        return state
+    with jax.named_scope("mtp/prefill"):
+        following = rows.following.reshape(-1, spec.depths)
+        cache = extend(
+            params, state.cache, part, following, hidden, cfg=cfg, spec=spec, impl=config.impl
         )
-        end = jnp.where(active, state.length + 1 + m, 0)
-        part = RaggedBatch.uniform(rows, state.page_table, end, "absorbed")
-        hidden, cache = forward(params, state.cache, part, cfg=cfg, impl=config.impl)
-        hidden = hidden.reshape(batch, 1 + m, -1)
-        logits = head(params, hidden, cfg=cfg)
+    batch = rows.token_ids.shape[0]
+    slots = jnp.minimum(rows.slots, state.count - 1)
+    both = jnp.concatenate(
+        [state.hidden_tail[slots], hidden.reshape(batch, -1, hidden.shape[-1])], 1
+    )
+    newest = rows.query_lens[:, None] + jnp.arange(spec.tail)
+    tail = jnp.take_along_axis(both, newest[:, :, None], axis=1)
+    hidden_tail = state.hidden_tail.at[rows.slots].set(tail, mode="drop")
+    return dataclasses.replace(state, cache=cache, hidden_tail=hidden_tail)
+
+
+def _accept_and_draft(
+    params: Params,
+    state: Slots,
+    decode: DecodeRows,
+    rows: _Rows,
+    hidden: jax.Array,
+    cfg: ModelConfig,
+    config: DecodeConfig,
+) -> tuple[Slots, StepOutput]:
+    spec, options = config.spec, rows.options
+    m, active, batch = spec.drafts, rows.active, rows.tokens.shape[0]
+    slots = jnp.minimum(decode.slots, state.count - 1)
+    target = jnp.where(active, decode.slots, state.count)  # idle rows write nothing
     with jax.named_scope("accept"):
-        uniforms = step_uniforms(state.sampling.seed, state.length + 1, m)
-        probs = distribution(logits, state.sampling)
-        ruled = RULES[config.rule](
-            probs, state.drafts.tokens, state.drafts.probs, uniforms.accept, uniforms.final
-        )
-        kept, finished = truncate_at_eos(
-            ruled, config.eos_ids, jnp.where(active, state.remaining, 0)
+        raw = head(params, hidden, cfg=cfg)
+        logits = raw
+        if options.logits is not None:
+            assert state.said is not None
+            logits = adjust(
+                raw,
+                options.logits,
+                state.said,
+                slots,
+                rows.tokens,
+                rows.length + 1,
+                options.stop_ids,
+            )
+        uniforms = step_uniforms(options.sampling.seed, rows.length + 1, m)
+        probs = distribution(logits, options.sampling)
+        thinking = state.thinking[slots]
+        if config.synthetic is not None:
+            ruled = accept_synthetic(
+                rows.drafts.tokens, probs, uniforms.accept, uniforms.final, config.synthetic.rates
+            )
+        else:
+            ruled = accept_rows(
+                options.rules,
+                logits,
+                probs,
+                rows.drafts.tokens,
+                rows.drafts.probs,
+                uniforms.accept,
+                uniforms.final,
+                thinking,
+                think=config.think,
+                names=config.rules,
+            )
+        kept, finished = truncate_at_stop(
+            ruled, options.stop_ids, jnp.where(active, state.remaining[slots], 0)
         )
         count = kept.count
+        shared = jnp.zeros((batch, m), jnp.float32)
+        if rows.drafts.probs is not None:
+            shared = overlap(probs, rows.drafts.probs)
     newest = jnp.maximum(count - 1, 0)
-    last_token = jnp.where(active, kept.tokens[jnp.arange(batch), newest], state.last_token)
-    length = state.length + count
-    going = active & ~finished
-    hidden_all = jnp.concatenate([state.hidden_tail, hidden], axis=1)
-    tokens_all = jnp.concatenate([state.token_tail, kept.tokens], axis=1)
-    window = Window(hidden_all, tokens_all, spec.tail + newest, jnp.where(going, end, 0))
-    next_uniforms = step_uniforms(state.sampling.seed, length + 1, m)
+    length, going = rows.length + count, active & ~finished
+    hidden_all = jnp.concatenate([state.hidden_tail[slots], hidden], axis=1)
+    tokens_all = jnp.concatenate([state.token_tail[slots], kept.tokens], axis=1)
+    window = Window(hidden_all, tokens_all, spec.tail + newest, jnp.where(going, rows.end, 0))
+
+    def draw(depth: jax.Array, entropy: jax.Array) -> typing.Any:
+        return draft_sampling(options.rules, options.sampling, depth, entropy, decode.draft_scale)
+
     drafts, cache = propose(
         params,
-        cache,
-        state.page_table,
+        state.cache,
+        decode.page_table,
         window,
-        state.sampling,
-        next_uniforms.draft,
+        draw,
+        step_uniforms(options.sampling.seed, length + 1, m).draft,
         cfg=cfg,
         spec=spec,
         impl=config.impl,
     )
+    allowed = jnp.arange(m) < options.draft_limit[:, None]
     tail = count[:, None] + jnp.arange(spec.tail)
-    new_state = DecodeState(
+    put = _put_at(target)
+    draft_probs = state.draft_probs
+    if drafts.probs is not None and draft_probs is not None:
+        draft_probs = draft_probs.at[target, :m].set(drafts.probs, mode="drop")
+    unused = state.drafts.shape[1] - m
+    said, found = state.said, None
+    if options.logits is not None:
+        assert said is not None
+        said = count_said(said, options.logits, target, kept.tokens, count)
+        found = logprobs(raw, kept.tokens, options.logits.logprobs & active)
+    new_state = dataclasses.replace(
+        state,
         cache=cache,
-        page_table=state.page_table,
-        length=length,
-        last_token=last_token,
-        drafts=drafts,
-        hidden_tail=jnp.take_along_axis(hidden_all, tail[:, :, None], axis=1),
-        token_tail=jnp.take_along_axis(tokens_all, tail, axis=1),
-        remaining=state.remaining - count,
-        active=going,
-        sampling=state.sampling,
+        length=put(state.length, length),
+        last_token=put(state.last_token, kept.tokens[jnp.arange(batch), newest]),
+        drafts=put(
+            state.drafts,
+            jnp.pad(
+                jnp.where(allowed, drafts.tokens, -1), ((0, 0), (0, unused)), constant_values=-1
+            ),
+        ),
+        draft_probs=draft_probs,
+        hidden_tail=put(
+            state.hidden_tail, jnp.take_along_axis(hidden_all, tail[:, :, None], axis=1)
+        ),
+        token_tail=put(state.token_tail, jnp.take_along_axis(tokens_all, tail, axis=1)),
+        remaining=put(state.remaining, state.remaining[slots] - count),
+        done=put(state.done, finished),
+        thinking=put(state.thinking, thinking_after(thinking, kept.tokens, count, config.think)),
+        said=said,
     )
     return new_state, StepOutput(
         tokens=kept.tokens,
         count=count,
         accepted=jnp.where(active, ruled.count - 1, 0),
-        offered=jnp.where(active, (state.drafts.tokens >= 0).sum(axis=1), 0).astype(jnp.int32),
+        offered=jnp.where(active, (rows.drafts.tokens >= 0).sum(axis=1), 0).astype(jnp.int32),
         active=active,
         finished=active & finished,
-        ties=_ties(logits, state.sampling, count),
+        ties=_ties(logits, options.sampling.temperature, count),
+        overlap=jnp.where((rows.drafts.tokens >= 0) & active[:, None], shared, 0),
+        logprobs=found,
     )
 
 
-def _ties(logits: jax.Array, sampling: SamplingParams, count: jax.Array) -> jax.Array:
+def _put_at(target: jax.Array) -> typing.Any:
+    return lambda old, new: old.at[target].set(new.astype(old.dtype), mode="drop")
+
+
+def _ties(logits: jax.Array, temperature: jax.Array, count: jax.Array) -> jax.Array:
     best = jax.lax.top_k(logits, 2)[0]
-    close = (best[..., 0] - best[..., 1] < TIE_GAP) & (sampling.temperature == 0)[:, None]
+    close = (best[..., 0] - best[..., 1] < TIE_GAP) & (temperature == 0)[:, None]
     return (close & (jnp.arange(logits.shape[1]) < count[:, None])).sum(axis=1).astype(jnp.int32)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dskjax.decode import acceptance
-from dskjax.decode.acceptance import RULES, Accepted, truncate_at_eos
+from dskjax.decode.acceptance import RULES, Accepted, truncate_at_stop
 from dskjax.decode.sampling import (
     sample,
 )
@@ -178,16 +178,15 @@ EOS = 9
         ([EOS, 4, 5, 6], 4, -1, [], True),
     ],
 )
-def test_truncate_at_eos(tokens, count, limit, want, finished):
+def test_truncate_at_stop(tokens, count, limit, want, finished):
     accepted = Accepted(tokens=jnp.array([tokens]), count=jnp.array([count]))
-    run = jax.jit(truncate_at_eos, static_argnums=1)
-    out, done = run(accepted, (EOS, 8), jnp.array([limit]))
+    out, done = jax.jit(truncate_at_stop)(accepted, jnp.array([[EOS, 8, -1]]), jnp.array([limit]))
     assert int(out.count[0]) == len(want) and bool(done[0]) is finished
     assert out.tokens[0].tolist() == want + [0] * (4 - len(want))
     assert out.tokens.dtype == out.count.dtype == jnp.int32
 
 
-def test_without_eos_ids_only_the_limit_ends_a_row():
+def test_without_stop_ids_only_the_limit_ends_a_row():
     accepted = Accepted(tokens=jnp.full((1, 3), EOS), count=jnp.array([3]))
-    out, done = truncate_at_eos(accepted, (), jnp.array([7]))
+    out, done = truncate_at_stop(accepted, jnp.array([[-1]]), jnp.array([7]))
     assert int(out.count[0]) == 3 and not done[0]

@@ -4,15 +4,18 @@ Verification hides a wrong draft, so drafts are compared themselves, step after 
 rows that earlier wrong drafts left in the cache.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dskjax import attention, model
-from dskjax.decode import SamplingParams, draft
+from dskjax.decode import RuleOptions, SamplingParams, draft
 from dskjax.decode.generate import prefill_prompts
-from dskjax.decode.step import DecodeConfig, decode_step
+from dskjax.decode.slots import RowOptions
+from dskjax.decode.step import DecodeConfig, step
 from dskjax.layers.rope import rope_tables
 from dskjax.mtp import MtpModule
 from dskjax.params import bind
@@ -78,27 +81,31 @@ def _rows(params, cfg):
     return _COMPILED.setdefault(("rows", cfg), jax.jit(run))
 
 
-def check(modules, drafts):
-    """Runs decode steps and compares all drafts on the table after each of them."""
+def check(modules, drafts, pause=-1):
+    """Runs decode steps and compares all drafts on the table after each of them; step `pause` runs
+    without drafts.
+    """
     params, cfg = toy(modules)
     expected = recycled if cfg.mtp.scheme == "recycled" else chained
-    config = DecodeConfig.make(cfg, rule="strict", drafts=drafts, eos_ids=())
+    config = DecodeConfig.make(cfg, accept=("strict",), drafts=drafts)
     # Hot sampling: the text differs from the drafts often, and every acceptance length occurs.
     sampling = SamplingParams.make(len(PROMPTS), temperature=1.5, seed=[1, 2, 3])
-    state = prefill_prompts(
-        params, cfg, PROMPTS, config, sampling, max_tokens=30, page_size=5, chunk=8
+    options = RowOptions.make(sampling, accept=RuleOptions(name="strict"), drafts=drafts)
+    state, rows = prefill_prompts(
+        params, cfg, PROMPTS, config, options, max_tokens=30, page_size=5, chunk=8
     )
-    step = jax.jit(lambda s: decode_step(params, s, cfg=cfg, config=config))
+    fewest = config.fewer(0)  # a step that drafts nothing must keep the modules' rows all the same
+    run = {c: jax.jit(functools.partial(step, cfg=cfg, config=c)) for c in (config, fewest)}
     known, lengths, compared = [list(p) for p in PROMPTS], set(), 0
-    for _ in range(STEPS):
+    for number in range(STEPS):
         for index, tokens in enumerate(known):
-            found = np.asarray(state.drafts.tokens[index]).tolist()
-            if len(tokens) == 1:
-                assert found == [-1] * drafts, "a lone token has no hidden state to draft from"
+            found = np.asarray(state.drafts[index]).tolist()
+            if number in (0, pause + 1):
+                assert found == [-1] * drafts, "nothing was drafted"
             else:
                 assert found == expected(params, cfg, tokens, drafts), f"after {tokens}"
                 compared += 1
-        state, out = step(state)
+        state, out = run[fewest if number == pause else config](params, state, rows, None)
         for index, tokens in enumerate(known):
             count = int(out.count[index])
             lengths.add(count)
@@ -110,6 +117,11 @@ def check(modules, drafts):
 @pytest.mark.parametrize(("modules", "drafts"), [(1, 1), (1, 3), (3, 3), (3, 2)])
 def test_drafts_are_those_of_the_definition(modules, drafts):
     check(modules, drafts)
+
+
+@pytest.mark.parametrize(("modules", "drafts"), [(1, 2), (3, 3)])
+def test_a_step_without_drafts_keeps_the_modules_up_to_date(modules, drafts):
+    check(modules, drafts, pause=2)
 
 
 def test_sees_draft_rows_that_are_not_overwritten(monkeypatch):

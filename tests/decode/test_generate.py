@@ -12,7 +12,7 @@ import pytest
 from dskjax import model
 from dskjax.checkpoint import load_hf
 from dskjax.decode import SamplingParams, generate
-from dskjax.decode.generate import programs
+from dskjax.decode.generate import program
 from dskjax.decode.step import DecodeConfig
 from tests.decode.toy import PROMPTS, toy
 
@@ -42,7 +42,7 @@ def one_by_one(modules):
 )
 def test_greedy_text_is_that_of_the_plain_model(modules, drafts, rule):
     params, cfg = toy(modules)
-    result = generate(params, cfg, PROMPTS, drafts=drafts, rule=rule, **SHAPES)
+    result = generate(params, cfg, PROMPTS, drafts=drafts, accept=rule, **SHAPES)
     assert result.ties == 0
     assert result.tokens == one_by_one(modules)
     assert result.stats.emitted == NEW * len(PROMPTS)
@@ -58,7 +58,7 @@ def test_greedy_tokens_equal_transformers(name):
     count = golden["greedy"].shape[1]
     for drafts in (0, 3) if name == "v3_mtp" else (0,):
         result = generate(
-            params, cfg, prompts, max_tokens=count, drafts=drafts, rule="strict", ignore_eos=True
+            params, cfg, prompts, max_tokens=count, drafts=drafts, accept="strict", ignore_eos=True
         )
         assert result.ties == 0
         assert np.array_equal(result.tokens, golden["greedy"]), f"{drafts=}"
@@ -71,7 +71,7 @@ def test_strict_sampling_gives_the_same_text_for_every_number_of_drafts():
     )
     texts = [
         generate(
-            params, cfg, PROMPTS, drafts=drafts, rule="strict", sampling=sampling, **SHAPES
+            params, cfg, PROMPTS, drafts=drafts, accept="strict", sampling=sampling, **SHAPES
         ).tokens
         for drafts in (0, 1, 3)
     ]
@@ -81,7 +81,7 @@ def test_strict_sampling_gives_the_same_text_for_every_number_of_drafts():
 
 def test_a_request_gives_the_same_text_in_any_batch():
     params, cfg = toy(1)
-    options = {"drafts": 1, "rule": "rejection", **SHAPES}
+    options = {"drafts": 1, "accept": "rejection", **SHAPES}
     together = generate(
         params,
         cfg,
@@ -101,7 +101,7 @@ def test_a_request_gives_the_same_text_in_any_batch():
 
 def test_chunked_prefill_changes_nothing():
     params, cfg = toy(3)
-    options = {"max_tokens": NEW, "drafts": 2, "rule": "strict", "page_size": 5}
+    options = {"max_tokens": NEW, "drafts": 2, "accept": "strict", "page_size": 5}
     texts = [generate(params, cfg, PROMPTS, chunk=chunk, **options).tokens for chunk in (8, 512)]
     assert texts[0] == texts[1] == one_by_one(3)
 
@@ -111,13 +111,13 @@ def test_eos_inside_accepted_drafts_ends_the_text():
     plain = one_by_one(1)
     for eos in range(cfg.vocab_size):
         with_eos = dataclasses.replace(cfg, eos_token_id=(eos,))
-        result = generate(params, with_eos, PROMPTS, drafts=3, rule="strict", **SHAPES)
+        result = generate(params, with_eos, PROMPTS, drafts=3, accept="strict", **SHAPES)
         for text, found, reason in zip(plain, result.tokens, result.finish_reasons, strict=True):
             stops = eos in text
             assert found == (text[: text.index(eos) + 1] if stops else text)
             assert reason == ("stop" if stops else "length")
         ignored = generate(
-            params, with_eos, PROMPTS, drafts=3, rule="strict", ignore_eos=True, **SHAPES
+            params, with_eos, PROMPTS, drafts=3, accept="strict", ignore_eos=True, **SHAPES
         )
         assert ignored.tokens == plain
         if any(eos in text for text in plain):
@@ -127,10 +127,10 @@ def test_eos_inside_accepted_drafts_ends_the_text():
 
 def test_one_program_serves_every_step():
     params, cfg = toy(1)
-    config = DecodeConfig.make(cfg, rule="strict", drafts=3, eos_ids=())
-    programs.cache_clear()
-    generate(params, cfg, PROMPTS, drafts=3, rule="strict", **SHAPES)
-    assert programs(cfg, config).step._cache_size() == 1
+    config = DecodeConfig.make(cfg, accept=("strict",), drafts=3)
+    program.cache_clear()
+    generate(params, cfg, PROMPTS, drafts=3, accept="strict", **SHAPES)
+    assert program(cfg, config)._cache_size() == 2  # one for prefill chunks, one for decoding
 
 
 def test_streams_tokens_in_order():
@@ -141,7 +141,7 @@ def test_streams_tokens_in_order():
         cfg,
         PROMPTS,
         drafts=3,
-        rule="strict",
+        accept="strict",
         on_tokens=lambda index, new: streamed[index].extend(new),
         **SHAPES,
     )
@@ -150,7 +150,7 @@ def test_streams_tokens_in_order():
 
 def test_an_fp8_cache_decodes():
     params, cfg = toy(1)
-    result = generate(params, cfg, PROMPTS, drafts=0, rule="strict", kv_dtype="fp8", **SHAPES)
+    result = generate(params, cfg, PROMPTS, drafts=0, accept="strict", kv_dtype="fp8", **SHAPES)
     assert [len(text) for text in result.tokens] == [NEW] * len(PROMPTS)
 
 
@@ -165,7 +165,7 @@ def test_an_fp8_cache_decodes():
         ({"max_tokens": 1000}, "max_position_embeddings=640"),
         ({"drafts": 4}, "num_nextn_predict_layers=3"),
         ({"drafts": -1}, "drafts=-1"),
-        ({"rule": "typical"}, "unknown acceptance rule 'typical'"),
+        ({"accept": "typicl"}, "typicl"),
         ({"kv_dtype": "int8"}, "kv_dtype='int8'"),
         ({"sampling": SamplingParams.make(2)}, "2 rows for 1 prompts"),
     ],

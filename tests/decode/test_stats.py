@@ -52,7 +52,7 @@ def test_conditional_rates_give_the_mean_length(alpha, want):
     [
         ([4], {"drafted": 2}, "1 to drafted"),
         ([0], {"drafted": 2}, "active"),
-        ([2], {"drafted": 2, "emitted": [3]}, "truncate_at_eos"),
+        ([2], {"drafted": 2, "emitted": [3]}, "truncate_at_stop"),
     ],
 )
 def test_stats_refuse_impossible_counts(count, kwargs, match):

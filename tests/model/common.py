@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dskjax import model, presets
+from dskjax import model, paged, presets
 from dskjax.batch import RaggedBatch
 from dskjax.cache import init_cache
 from dskjax.config import ModelConfig, MtpConfig
@@ -96,7 +96,7 @@ def run_mtp_chain(cfg, depths=2):
 
 def run_forward(cfg, impl="auto"):
     """Compiled `forward`, cache donated: (params, cache, batch) -> (hidden, cache)."""
-    return _compiled(model.forward, (1,), (("cfg", cfg), ("impl", impl)))
+    return _compiled(paged.forward, (1,), (("cfg", cfg), ("impl", impl)))
 
 
 def run_apply(cfg, sharding):
@@ -110,7 +110,7 @@ def run_forward_mtp(cfg):
 
 
 def _forward_mtp(params, cache, batch, hidden, module, *, cfg):
-    return model.forward_mtp(params, cache, batch, hidden, cfg=cfg, module=module)
+    return paged.forward_mtp(params, cache, batch, hidden, cfg=cfg, module=module)
 
 
 @dataclasses.dataclass

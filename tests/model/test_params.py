@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dskjax import model, params, presets
+from dskjax import model, paged, params, presets
 from dskjax.batch import RaggedBatch
 from dskjax.cache import init_cache
 from dskjax.layers.norm import RmsNorm
@@ -98,8 +98,8 @@ def test_forward_of_the_671b_config(form, kv_dtype):
 
     def step(weights, cache, *arrays):
         batch = RaggedBatch.uniform(*arrays, form)
-        hidden, after = model.forward(weights, cache, batch, cfg=V3)
-        h, last = model.forward_mtp(weights, after, batch, hidden, cfg=V3, module=0)
+        hidden, after = paged.forward(weights, cache, batch, cfg=V3)
+        h, last = paged.forward_mtp(weights, after, batch, hidden, cfg=V3, module=0)
         return hidden, after, h, last
 
     hidden, after, h, last = jax.eval_shape(step, model.abstract_params(V3), cache, *arrays)

@@ -261,8 +261,8 @@ TABLE = [
     Pitfall(
         18,
         "tokens after an accepted eos kept",
-        ACCEPTANCE + "test_truncate_at_eos",
-        ACCEPTANCE + "test_truncate_at_eos",
+        ACCEPTANCE + "test_truncate_at_stop",
+        ACCEPTANCE + "test_truncate_at_stop",
     ),
     Pitfall(
         19,

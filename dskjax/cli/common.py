@@ -1,0 +1,72 @@
+"""What the commands share: the app, options with a meaning of their own, and loading a model."""
+
+import enum
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="DeepSeek-V3 family models in JAX: inspect, compare, pre-train, generate, serve.",
+)
+train_mtp = typer.Typer(no_args_is_help=True, help="MTP heads: evaluate drafts on held-out text.")
+bench = typer.Typer(no_args_is_help=True, help="Measure: a server, acceptance rules.")
+app.add_typer(train_mtp, name="train-mtp")
+app.add_typer(bench, name="bench")
+err = Console(stderr=True)
+
+
+class Dtype(enum.StrEnum):
+    """Compute dtypes."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+ModelDir = Annotated[Path, typer.Argument(help="Checkpoint folder: config.json and safetensors.")]
+DtypeOption = Annotated[
+    Dtype | None, typer.Option(help="Compute dtype. Default: float32 on a CPU, bfloat16 on a GPU.")
+]
+ImplOption = Annotated[
+    str, typer.Option(help="Implementation of every op: auto, reference or xla.")
+]
+RuleOption = Annotated[
+    str,
+    typer.Option(
+        help="Acceptance rule: strict, rejection, block, typical, relaxed or hybrid, with "
+        "parameters as in relaxed:top_n=10,delta=0.6. auto: strict if greedy, else rejection."
+    ),
+]
+
+
+def chosen_rule(rule: str, temperature: float) -> Any:
+    """The `RuleOptions` that a rule's text stands for."""
+    from dskjax.decode import RuleOptions
+
+    if rule == "auto":
+        rule = "strict" if temperature == 0 else "rejection"
+    return RuleOptions.parse(rule)
+
+
+def write(text: str) -> None:
+    """To stdout, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def load(path: Path, dtype: Dtype | None) -> tuple[Any, Any]:
+    """(params, config) of a checkpoint folder in the compute dtype of the machine, or the given."""
+    import jax
+
+    from dskjax.checkpoint.hf import load_hf
+
+    if dtype is None:
+        dtype = Dtype.float32 if jax.default_backend() == "cpu" else Dtype.bfloat16
+    if dtype is Dtype.float32:
+        # A GPU multiplies fp32 in tf32 unless told otherwise.
+        jax.config.update("jax_default_matmul_precision", "highest")
+    return load_hf(path, dtype=dtype.value, progress=err.is_terminal)

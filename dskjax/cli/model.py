@@ -1,0 +1,175 @@
+"""Commands on a model: info, logits, generate, demo."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dskjax.cli.common import (
+    DtypeOption,
+    ImplOption,
+    ModelDir,
+    RuleOption,
+    app,
+    chosen_rule,
+    err,
+    load,
+    write,
+)
+
+
+@app.command()
+def info(
+    model: Annotated[str, typer.Argument(help="A preset, or a checkpoint folder.")],
+    gpu: Annotated[
+        str | None, typer.Option(help="Bound decode steps: h20, h800, h100, h200.")
+    ] = None,
+    mesh: Annotated[str, typer.Option(help='With --gpu: "ep=16" GPUs share the experts.')] = "",
+    context: Annotated[int, typer.Option(help="With --gpu: cached tokens per sequence.")] = 4096,
+    drafts: Annotated[int, typer.Option(help="With --gpu: drafts verified a step.")] = 0,
+    experts: Annotated[str, typer.Option(help="With --gpu: int4, fp8 or bf16.")] = "int4",
+    plot: Annotated[Path | None, typer.Option(help="With --gpu: draw the bounds, .png.")] = None,
+) -> None:
+    """Parameter counts, memory and cache size of a model; with --gpu, its roofline."""
+    from dskjax.checkpoint.hf import load_config
+    from dskjax.commands.info import describe
+    from dskjax.presets import PRESETS, preset
+
+    if model not in PRESETS and not Path(model).exists():
+        raise ValueError(
+            f"{model!r} is neither a folder nor a preset; presets: {', '.join(PRESETS)}"
+        )
+    cfg = preset(model) if model in PRESETS else load_config(model)
+    table = Table(title=model, show_header=False)
+    for what, value in describe(cfg):
+        table.add_row(what, value)
+    Console().print(table)
+    if gpu is not None:
+        from dskjax.commands.info import plot_roofline, roofline_rows, roofline_table
+        from dskjax.mesh import expert_ways
+
+        ep = expert_ways(mesh)
+        floors = roofline_rows(cfg, gpu, ep=ep, context=context, drafts=drafts, experts=experts)
+        Console().print(roofline_table(floors, f"{gpu}, ep={ep}, {context} cached tokens"))
+        if plot is not None:
+            err.print(f"plot: {plot_roofline(floors, plot)}", soft_wrap=True)
+
+
+@app.command()
+def logits(
+    model: ModelDir,
+    ids: Annotated[Path, typer.Option(help="Integer ids [B, T], .npy.")],
+    out: Annotated[Path, typer.Option(help="Where to write fp32 logits [B, T, V], .npy.")],
+    dtype: DtypeOption = None,
+    mtp_depth: Annotated[int, typer.Option(help="Logits of this MTP depth, [B, T-K, V].")] = 0,
+    hidden: Annotated[
+        Path | None, typer.Option(help="Also write hidden states and chosen experts, .npz.")
+    ] = None,
+    impl: ImplOption = "auto",
+) -> None:
+    """Logits of given ids, for comparing implementations."""
+    from dskjax.commands.ids import load_ids, save_atomically
+    from dskjax.commands.logits import compute
+
+    params, cfg = load(model, dtype)
+    tokens = load_ids(ids, cfg)
+    values, states = compute(
+        params, cfg, tokens, mtp_depth=mtp_depth, hidden=hidden is not None, impl=impl
+    )
+    save_atomically(out, values)
+    if hidden is not None:
+        save_atomically(hidden, states)
+    err.print(f"wrote logits {list(values.shape)} to {out}", soft_wrap=True)
+
+
+@app.command()
+def generate(
+    model: ModelDir,
+    prompt: Annotated[str | None, typer.Option(help="Text to continue (bos is put first).")] = None,
+    chat: Annotated[
+        str | None, typer.Option(help="A user's message; the chat template is applied.")
+    ] = None,
+    ids: Annotated[
+        Path | None, typer.Option(help="Equal-length prompts, int ids [B, P], .npy.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most new tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
+    min_p: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
+    speculate: Annotated[
+        int, typer.Option(help="Tokens drafted a step by the MTP modules; 0 is off.")
+    ] = 0,
+    rule: RuleOption = "auto",
+    thinking: Annotated[bool, typer.Option(help="With --chat: let the model think first.")] = False,
+    ignore_eos: Annotated[bool, typer.Option(help="Never stop at an eos.")] = False,
+    out_ids: Annotated[
+        Path | None, typer.Option(help="With --ids: write new ids [B, N], .npy.")
+    ] = None,
+    dtype: DtypeOption = None,
+    impl: ImplOption = "auto",
+) -> None:
+    """Continue a text, a chat or rows of ids; text streams to stdout, figures go to stderr."""
+    from dskjax.commands import generate as command
+    from dskjax.commands.ids import load_ids, save_atomically
+    from dskjax.decode import SamplingParams
+    from dskjax.tokenizer import Tokenizer
+
+    if sum(x is not None for x in (prompt, chat, ids)) != 1:
+        raise ValueError("give exactly one of --prompt, --chat and --ids")
+    if out_ids is not None and ids is None:
+        raise ValueError("--out-ids needs --ids")
+    params, cfg = load(model, dtype)
+    options: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "drafts": speculate,
+        "accept": chosen_rule(rule, temperature),
+        "ignore_eos": ignore_eos,
+        "impl": impl,
+    }
+
+    def sampling(rows: int) -> SamplingParams:
+        # Rows of one call differ in seed, or equal prompts would give equal samples.
+        seeds = [(seed + row) % 2**32 for row in range(rows)]
+        return SamplingParams.make(
+            rows, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seeds
+        )
+
+    if ids is not None:
+        tokens = load_ids(ids, cfg)
+        rows, result = command.continue_rows(
+            params, cfg, tokens, sampling=sampling(len(tokens)), **options
+        )
+        if out_ids is not None:
+            save_atomically(out_ids, rows)
+        else:
+            for row in result.tokens:
+                print(*row)
+    else:
+        tokenizer = Tokenizer.load(model)
+        if chat is not None:
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": chat}], thinking=thinking, add_generation_prompt=True
+            )
+            start = tokenizer.encode(text, bos=False)
+        else:
+            assert prompt is not None
+            start = tokenizer.encode(prompt, bos=True)
+        result = command.continue_text(
+            params, cfg, tokenizer, start, write, sampling=sampling(1), **options
+        )
+        print()
+    err.print(command.summary(result, speculate), soft_wrap=True, highlight=False)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the plot.")] = Path("runs/demo"),
+) -> None:
+    """The shipped small model answers, with and without speculation; a table and a plot."""
+    from dskjax.demo import run
+
+    run(Console(), out)

@@ -1,0 +1,155 @@
+"""The model over the paged cache: prefill chunks, decode, verification and mixed steps.
+
+    forward(params, cache, batch, cfg=cfg)                new tokens through the trunk
+    forward_layers(params, cache, batch, x, layers=...)   through some of its layers
+    forward_mtp(params, cache, batch, hidden, ...)        through one MTP module
+
+The cache is a carry of the scan over layers, so under donation its rows are written in place.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dskjax import attention
+from dskjax.batch import BatchPlan, RaggedBatch, plan_batch
+from dskjax.config import ModelConfig
+from dskjax.layers.block import Block
+from dskjax.layers.rope import rope_tables
+from dskjax.model import embed, final_norm
+from dskjax.mtp import MtpModule
+from dskjax.params import Params, bind
+from pallas_kernels import LatentCache
+
+Batch = RaggedBatch | tuple[RaggedBatch, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    parts: tuple[RaggedBatch, ...]
+    plans: tuple[BatchPlan, ...]
+    tables: tuple[jax.Array, jax.Array]
+    token_ids: jax.Array
+
+
+def _step(batch: Batch, cache: LatentCache, cfg: ModelConfig) -> _Step:
+    parts = (batch,) if isinstance(batch, RaggedBatch) else batch
+    plans = tuple(plan_batch(part, cache.page_size) for part in parts)
+    positions = jnp.concatenate([plan.positions for plan in plans])
+    tables = rope_tables(positions, cfg.mla.qk_rope_head_dim, cfg.rope)
+    return _Step(parts, plans, tables, jnp.concatenate([part.token_ids for part in parts]))
+
+
+def forward(
+    params: Params, cache: LatentCache, batch: Batch, *, cfg: ModelConfig, impl: str = "auto"
+) -> tuple[Float[Array, "T D"], LatentCache]:
+    """Runs new tokens through the trunk over the paged cache.
+
+    One function serves prefill chunks, decode, verification of 1 + K tokens, and mixed steps (a
+    tuple of parts; rows follow one another). Donate the cache at the jit boundary: rows are written
+    in place.
+
+    Returns:
+        hidden [T, D] after the final norm (call `head` on the rows whose logits are wanted) and the
+        cache.
+    """
+    layers = (0, cfg.num_hidden_layers)
+    x, cache = forward_layers(params, cache, batch, None, cfg=cfg, layers=layers, impl=impl)
+    return final_norm(params, x, cfg=cfg), cache
+
+
+def forward_layers(
+    params: Params,
+    cache: LatentCache,
+    batch: Batch,
+    x: Float[Array, "T D"] | None,
+    *,
+    cfg: ModelConfig,
+    layers: tuple[int, int],
+    impl: str = "auto",
+) -> tuple[Float[Array, "T D"], LatentCache]:
+    """Runs new tokens through some of the trunk's layers; `forward` is this over all of them.
+
+    In groups, the rows that early layers wrote can leave for another device while later layers
+    compute.
+
+    Args:
+        params: the model's weights.
+        cache: the pool.
+        batch: the rows, the same for every group.
+        x: residual stream [T, D] after the layers before; None embeds the tokens.
+        cfg: the model.
+        layers: half-open range; static.
+        impl: implementation of every op.
+
+    Returns:
+        The residual stream after these layers, and the cache.
+    """
+    step = _step(batch, cache, cfg)
+
+    def layer(
+        carry: tuple[jax.Array, LatentCache], weights: Params, index: jax.Array, experts: bool
+    ) -> tuple[Any, None]:
+        x, pool = carry
+        attend = attention.over_cache(step.tables, pool, index, step.parts, step.plans, cfg, impl)
+        x, pool, _ = bind(Block, weights, cfg, experts=experts)(x, attend, impl=impl)
+        return (x, pool), None
+
+    carry, first = (embed(params, step.token_ids) if x is None else x, cache), 0
+    for name, experts, count in (
+        ("dense_layers", False, cfg.num_dense_layers),
+        ("moe_layers", True, cfg.num_moe_layers),
+    ):
+        begin, end = max(layers[0] - first, 0), min(layers[1] - first, count)
+        indices = jnp.arange(begin, end, dtype=jnp.int32)
+        if (begin, end) == (0, count) and count:
+            body = lambda c, xs, e=experts, f=first: layer(c, xs[0], f + xs[1], e)  # noqa: E731
+            carry, _ = jax.lax.scan(body, carry, (params[name], indices))
+        elif begin < end:  # slicing the stack first would copy the weights
+            pick = lambda i, w=params[name]: jax.tree.map(lambda leaf: leaf[i], w)  # noqa: E731
+            body = lambda c, i, e=experts, f=first, p=pick: layer(c, p(i), f + i, e)  # noqa: E731
+            carry, _ = jax.lax.scan(body, carry, indices)
+        first += count
+    return carry
+
+
+def forward_mtp(
+    params: Params,
+    cache: LatentCache,
+    batch: Batch,
+    hidden: Float[Array, "T D"],
+    *,
+    cfg: ModelConfig,
+    module: Int[Array, ""] | int,
+    impl: str = "auto",
+) -> tuple[Float[Array, "T D"], LatentCache]:
+    """Runs one MTP module over the paged cache, in its own layer of the pool.
+
+    Slot p of module k holds the pair (h^{k}[p], t[p + k + 1]) counted from k = 0: `batch.token_ids`
+    are the *following* tokens, while positions and pages are those of the trunk row the hidden
+    state came from.
+
+    Args:
+        params: params with `mtp_layers`.
+        cache: the pool, MTP layers included.
+        batch: rows like those of `forward`.
+        hidden: [T, D], trunk hidden states after the final norm, or the previous depth's output.
+        cfg: the model.
+        module: index of the module, 0 for the first.
+        impl: implementation of every op.
+
+    Returns:
+        h [T, D] after the module's norm (feed it to `head`, and to the next depth) and the cache.
+    """
+    step = _step(batch, cache, cfg)
+    layer = cfg.num_hidden_layers + module
+    attend = attention.over_cache(step.tables, cache, layer, step.parts, step.plans, cfg, impl)
+    weights = jax.tree.map(lambda w: w[module], params["mtp_layers"])
+    h, cache_out, _ = bind(MtpModule, weights, cfg)(
+        embed(params, step.token_ids), hidden, attend, impl=impl
+    )
+    assert isinstance(cache_out, LatentCache)
+    return h, cache_out

@@ -1,0 +1,290 @@
+"""From a model and a configuration to engines that are ready to start."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dskjax.cache import init_cache
+from dskjax.config import ModelConfig
+from dskjax.decode.rules import ThinkIds
+from dskjax.decode.slots import Slots, init_slots
+from dskjax.decode.step import DecodeConfig
+from dskjax.decode.synthetic import SyntheticAcceptance
+from dskjax.mesh import make_mesh, preset
+from dskjax.model import param_specs
+from dskjax.params import Params
+from serve.blocks import BlockManager
+from serve.buckets import Buckets
+from serve.config import EngineConfig, RoleConfig
+from serve.drafting import DraftPolicy
+from serve.engine import Engine, Observer
+from serve.engine_api import EngineEvent, Role
+from serve.layerwise import LayerwisePrefill, layer_groups
+from serve.link import DeviceLink
+from serve.memory import count_pages, page_bytes, step_memory
+from serve.programs import Programs, Progress
+from serve.request import Request, StopOptions
+from serve.rows import option_row, row_options
+from serve.runner import Runner
+from serve.scheduler import Scheduler
+from serve.scheduler_config import SchedulerConfig
+from serve.transfer.pages import PagePrograms, kv_form
+from serve.transfer.transport import KVTransport
+
+
+class Placement(NamedTuple):
+    """Where an engine lives."""
+
+    name: str
+    role: Role
+    devices: tuple[Any, ...]
+
+    @property
+    def sharding(self) -> Any:
+        """Whole copies on every device."""
+        if len(self.devices) == 1:
+            return jax.sharding.SingleDeviceSharding(self.devices[0])
+        return preset("replicated", make_mesh(tp=len(self.devices), devices=self.devices)).of(())
+
+
+def place(roles: Sequence[RoleConfig], devices: Sequence[Any]) -> list[Placement]:
+    """Gives each engine devices of its own, in order.
+
+    Raises:
+        ValueError: there are fewer devices than the roles need.
+    """
+    needed = sum(role.devices for role in roles)
+    if needed > len(devices):
+        raise ValueError(
+            f"the roles need {needed} devices and there are {len(devices)}: use fewer engines or "
+            f"smaller tp, or, on a CPU, --cpu-devices {needed}"
+        )
+    placements, at = [], 0
+    for role in roles:
+        for index in range(role.engines):
+            own = tuple(devices[at : at + role.tp])
+            at += role.tp
+            placements.append(Placement(f"{role.role.value}{index}", role.role, own))
+    return placements
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """What every engine serves.
+
+    Attributes:
+        name: under which it is served.
+        params: weights on the host or anywhere.
+        cfg: the model.
+        eos_ids: ids that end a request.
+        think: ids of the thinking tags.
+    """
+
+    name: str
+    params: Params
+    cfg: ModelConfig
+    eos_ids: tuple[int, ...]
+    think: ThinkIds = ThinkIds()
+
+
+def build_engine(
+    model: Model,
+    config: EngineConfig,
+    placement: Placement,
+    *,
+    post: Callable[[EngineEvent], None],
+    transport: KVTransport | None = None,
+    observer: Observer | None = None,
+    progress: Progress | None = None,
+) -> Engine:
+    """Places the weights, sizes the cache, compiles every program and runs each once.
+
+    Args:
+        model: what to serve.
+        config: sizes and choices.
+        placement: name, role and devices.
+        post: takes the engine's events.
+        transport: between prefill and decode engines.
+        observer: told about every step.
+        progress: told about every program.
+
+    Raises:
+        ValueError: the configuration does not fit the model or the memory.
+    """
+    cfg = model.cfg
+    if config.max_model_len > cfg.max_position_embeddings:
+        raise ValueError(
+            f"max_model_len={config.max_model_len} exceeds max_position_embeddings="
+            f"{cfg.max_position_embeddings}: lower it"
+        )
+    synthetic = None
+    if config.synthetic is not None:
+        synthetic = SyntheticAcceptance.from_mean_length(config.synthetic, config.drafts)
+    decode = DecodeConfig.make(
+        cfg,
+        accept=config.rules,
+        drafts=config.drafts,
+        think=model.think,
+        synthetic=synthetic,
+        impl=config.impl,
+    )
+    prefills = placement.role is Role.PREFILL
+    drafts = (0,) if prefills or not config.drafts else (0, config.drafts)
+    if not config.adaptive and not prefills:
+        drafts = (config.drafts,)
+    buckets = Buckets.make(
+        slots=config.slots,
+        columns=config.columns,
+        chunk=config.chunk,
+        drafts=drafts,
+        mixed=config.mixed,
+        few=config.few_buckets,
+    )
+    params = _place_params(model, placement.devices)
+    state = _empty_slots(model, config, decode, params, placement, pages=config.columns)
+    pages = config.pages or _pages(config, cfg, decode, buckets, params, state, placement.devices)
+    state = _empty_slots(model, config, decode, params, placement, pages=pages)
+    runner = Runner(
+        cfg, decode, buckets, params, state, accept=config.accept, eos_ids=model.eos_ids
+    )
+    form = kv_form(
+        state,
+        model=_fingerprint(model),
+        dtype=str(params["embed_tokens"]["weight"].dtype),
+        mtp_scheme=cfg.mtp.scheme if config.drafts else "",
+    )
+    link = None
+    if transport is not None:
+        runner.state, link = _link(config, runner, transport, placement.role)
+    runner.warm_up(progress)
+    scheduler = _scheduler(config, decode, buckets, pages, model.eos_ids, form.digest)
+    return Engine(
+        placement.name,
+        placement.role,
+        scheduler,
+        runner,
+        form,
+        post=post,
+        link=link,
+        observer=observer,
+    )
+
+
+def _link(
+    config: EngineConfig, runner: Runner, transport: KVTransport, role: Role
+) -> tuple[Slots, DeviceLink]:
+    """The engine's end of the wire, with its programs compiled."""
+    trunk, layers = runner.cfg.num_hidden_layers, runner.state.cache.latent.shape[0]
+    groups: set[int] = set()
+    if config.layerwise_from <= config.max_model_len:
+        ranges = layer_groups(trunk, config.layer_group)
+        groups = {end - first for first, end in ranges} | ({layers - trunk} - {0})
+        if role is Role.PREFILL:
+            runner.layerwise = LayerwisePrefill(runner.programs, config.layer_group)
+            runner.layerwise.compile()
+    largest = config.columns
+    sizes = sorted({max(largest // 8, 1), largest})
+    programs = PagePrograms(runner.state, sizes, sorted(groups))
+    programs.compile(sends=role is Role.PREFILL, receives=role is Role.DECODE)
+    return programs.warm_up(runner.state), DeviceLink(runner, programs, transport, trunk)
+
+
+def _place_params(model: Model, devices: Sequence[Any]) -> Params:
+    """The weights on the engine's devices, heads and MLP widths split over them."""
+    if len(devices) == 1:
+        return jax.device_put(model.params, devices[0])
+    split = preset("tensor", make_mesh(tp=len(devices), devices=devices))
+    return jax.device_put(model.params, split.params(param_specs(model.cfg)))
+
+
+def _empty_slots(
+    model: Model,
+    config: EngineConfig,
+    decode: DecodeConfig,
+    params: Params,
+    placement: Placement,
+    *,
+    pages: int,
+) -> Slots:
+    dtype = params["embed_tokens"]["weight"].dtype
+    nobody = Request("nobody", [0], stop=StopOptions(max_tokens=1))
+    row = option_row(nobody, accept=config.accept, drafts=config.drafts, eos_ids=())
+    cache = init_cache(
+        model.cfg,
+        num_pages=pages,
+        page_size=config.page_size,
+        dtype=dtype,
+        kv_dtype=config.kv_dtype,
+    )
+    options = row_options([row], config.slots)
+    state = init_slots(cache, options, cfg=model.cfg, spec=decode.spec, dtype=dtype)
+    return jax.device_put(state, placement.sharding)
+
+
+def _pages(
+    config: EngineConfig,
+    cfg: ModelConfig,
+    decode: DecodeConfig,
+    buckets: Buckets,
+    params: Params,
+    state: Slots,
+    devices: Sequence[Any],
+) -> int:
+    return count_pages(
+        page_bytes=page_bytes(state.cache),
+        most=config.slots * config.columns,
+        least=config.columns,
+        fraction=config.memory_fraction,
+        device=devices[0],
+        measure=lambda: step_memory(Programs(cfg, decode, buckets, params, state)),
+    )
+
+
+def _scheduler(
+    config: EngineConfig,
+    decode: DecodeConfig,
+    buckets: Buckets,
+    pages: int,
+    eos_ids: tuple[int, ...],
+    fingerprint: str,
+) -> Scheduler:
+    spec = decode.spec
+    sizes = SchedulerConfig(
+        num_slots=config.slots,
+        num_pages=pages,
+        page_size=config.page_size,
+        max_columns=config.columns,
+        drafts=config.drafts,
+        lookahead=spec.depths,
+        tail=spec.tail,
+        max_prefill_tokens=buckets.chunk,
+        max_chunks=8,
+        max_chunk_tokens=buckets.chunk,
+        prefill_policy=config.prefill_policy,
+        reserve_tokens=min(128, config.max_model_len // 4),
+        max_waiting=config.max_waiting,
+        max_waiting_tokens=config.max_waiting_tokens,
+    )
+    blocks = BlockManager(
+        pages,
+        config.page_size,
+        fingerprint=fingerprint.encode(),
+        lookahead=spec.depths,
+        tail=spec.tail,
+    )
+    drafting = DraftPolicy(buckets.drafts, buckets.batches)
+    return Scheduler(sizes, blocks, eos_ids=eos_ids, drafting=drafting)
+
+
+def _fingerprint(model: Model) -> str:
+    """Names config and weights: a hash of the config and of a sample of every weight."""
+    digest = hashlib.sha256(repr(model.cfg).encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model.params):
+        first = np.asarray(jax.device_get(leaf[(0,) * leaf.ndim]))
+        digest.update(f"{jax.tree_util.keystr(path)}{leaf.shape}{leaf.dtype}".encode())
+        digest.update(first.tobytes())
+    return digest.hexdigest()

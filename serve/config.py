@@ -1,0 +1,129 @@
+"""What a server is told: the model's limits, roles and devices, speculation, queues. No JAX."""
+
+import dataclasses
+import re
+from typing import Literal
+
+from dskjax.decode.rules import RULE_NAMES, RuleOptions
+from serve.engine_api import Role
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RoleConfig:
+    """The engines of one role.
+
+    Attributes:
+        role: what they do.
+        engines: how many.
+        tp: devices of each, which split heads and MLP widths.
+    """
+
+    role: Role
+    engines: int = 1
+    tp: int = 1
+
+    @property
+    def devices(self) -> int:
+        """Devices of all its engines."""
+        return self.engines * self.tp
+
+
+def parse_roles(text: str, *, prefill_tp: int = 1, decode_tp: int = 1) -> tuple[RoleConfig, ...]:
+    """Reads "ifb", "4ifb" or "2P1D".
+
+    Args:
+        text: how many engines of which role.
+        prefill_tp: devices of each prefill engine.
+        decode_tp: devices of each decode or ifb engine.
+
+    Raises:
+        ValueError: not of that form, or a count below 1.
+    """
+    if min(prefill_tp, decode_tp) < 1:
+        raise ValueError(f"{prefill_tp=} and {decode_tp=} must be at least 1")
+    if match := re.fullmatch(r"(\d*)ifb", text.strip().lower()):
+        roles = (RoleConfig(role=Role.IFB, engines=int(match[1] or 1), tp=decode_tp),)
+    elif match := re.fullmatch(r"(\d+)p(\d+)d", text.strip().lower()):
+        roles = (
+            RoleConfig(role=Role.PREFILL, engines=int(match[1]), tp=prefill_tp),
+            RoleConfig(role=Role.DECODE, engines=int(match[2]), tp=decode_tp),
+        )
+    else:
+        raise ValueError(
+            f"roles {text!r}: use ifb, Nifb (N engines that do everything) or xPyD "
+            "(x prefill and y decode engines), for example 1P1D"
+        )
+    if any(role.engines < 1 for role in roles):
+        raise ValueError(f"roles {text!r}: each role needs at least one engine")
+    return roles
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Sizes and choices that all engines of a server share.
+
+    Attributes:
+        max_model_len: most tokens of prompt and answer together.
+        slots: most sequences an engine decodes together.
+        pages: pages of each engine's cache; None fills what memory is left.
+        page_size: tokens a page; GPU kernels need 64.
+        chunk: most prompt tokens in a step.
+        drafts: most drafts a step; 0 turns speculation off.
+        accept: rule of requests that name none.
+        rules: rules that requests may name; compiled into every step.
+        adaptive: let each engine choose between no drafts and all by what it measures.
+        synthetic: mean accepted length to simulate instead of verifying; None verifies.
+        kv_dtype: of the cache, see `dskjax.cache.init_cache`.
+        impl: implementation of every op.
+        few_buckets: compile one shape of each kind: starts fast, pads more.
+        mixed: prompt rows share a program with decoding rows.
+        memory_fraction: of a device's memory that weights, cache and scratch may take together.
+        max_waiting, max_waiting_tokens: queue limits of an engine.
+        prefill_policy: "short-first" or "fcfs".
+        layerwise_from: prompt tokens from which pages are sent layer group by layer group.
+        layer_group: layers of such a group.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    max_model_len: int
+    slots: int = 16
+    pages: int | None = None
+    page_size: int = 64
+    chunk: int = 512
+    drafts: int = 0
+    accept: RuleOptions = dataclasses.field(default_factory=lambda: RuleOptions(name="rejection"))
+    rules: tuple[str, ...] = RULE_NAMES
+    adaptive: bool = False
+    synthetic: float | None = None
+    kv_dtype: str = "auto"
+    impl: str = "auto"
+    few_buckets: bool = False
+    mixed: bool = False
+    memory_fraction: float = 0.9
+    max_waiting: int = 1024
+    max_waiting_tokens: int = 2**20
+    prefill_policy: Literal["short-first", "fcfs"] = "short-first"
+    layerwise_from: int = 8192
+    layer_group: int = 8
+
+    def __post_init__(self):
+        for name in ("max_model_len", "slots", "page_size", "chunk", "layerwise_from"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.max_model_len < 2:
+            raise ValueError(f"{self.max_model_len=} must hold a prompt and an answer: 2 or more")
+        if self.pages is not None and self.pages < 1:
+            raise ValueError(f"{self.pages=} must be at least 1")
+        if not 0 < self.memory_fraction <= 1:
+            raise ValueError(f"{self.memory_fraction=} must be in (0, 1]")
+        if self.accept.name not in self.rules:
+            raise ValueError(
+                f"the default rule {self.accept.name!r} is not among rules={list(self.rules)}"
+            )
+
+    @property
+    def columns(self) -> int:
+        """Pages of the longest sequence."""
+        return -(-self.max_model_len // self.page_size)

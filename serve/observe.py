@@ -1,0 +1,70 @@
+"""From an engine's steps and snapshots to its metrics."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from dskjax.decode.rules import RuleOptions
+from serve.engine import Engine, Observer
+from serve.engine_metrics import EngineMetrics
+from serve.plan import StepPlan, StepResult
+
+
+class EngineObserver(Observer):
+    """Counts what one engine does.
+
+    Args:
+        metrics: of the engine.
+        accept: rule of requests that name none.
+        compiled: programs compiled since the warm-up, in this process.
+        remaining: more requests that would fit into an engine.
+    """
+
+    def __init__(
+        self,
+        metrics: EngineMetrics,
+        accept: RuleOptions,
+        *,
+        compiled: Callable[[], int] | None = None,
+        remaining: Callable[[Any], int] | None = None,
+    ):
+        self._metrics, self._accept = metrics, accept
+        self._compiled, self._remaining = compiled, remaining
+        self._seen = {"compiled": 0, "preemptions": 0, "hits": 0, "queries": 0}
+
+    def stepped(self, plan: StepPlan, result: StepResult, host: float, step: float) -> None:
+        """See `serve.engine.Observer`."""
+        self._metrics.step(seconds=step, host_seconds=host)
+        if not plan.drafts or not len(result.offered):
+            return
+        chosen = [i for i, request in enumerate(plan.requests) if request.accept is not None]
+        names = np.full(len(plan.requests), self._accept.name, object)
+        for index in chosen:
+            rule = plan.requests[index].accept
+            if isinstance(rule, RuleOptions):
+                names[index] = rule.name
+        for name in set(names) if chosen else (self._accept.name,):
+            rows = names == name
+            self._metrics.drafts(name, offered=result.offered[rows], accepted=result.accepted[rows])
+
+    def loaded(self, engine: Engine) -> None:
+        """See `serve.engine.Observer`."""
+        load, stats = engine.load(), engine.scheduler.stats()
+        self._metrics.state(
+            running=load.running,
+            waiting=load.waiting,
+            kv_usage=1 - load.free_pages / load.total_pages,
+            remaining_slots=None if self._remaining is None else self._remaining(engine),
+            mean_output_length=load.mean_output,
+        )
+        queries = self._new("queries", stats.queried_tokens)
+        self._metrics.prefix(queries=queries, hits=self._new("hits", stats.hit_tokens))
+        if preempted := self._new("preemptions", stats.preemptions):
+            self._metrics.preempted(preempted)
+        if self._compiled is not None and (new := self._new("compiled", self._compiled())):
+            self._metrics.compiled(new)
+
+    def _new(self, name: str, total: int) -> int:
+        new, self._seen[name] = total - self._seen[name], total
+        return new

@@ -1,0 +1,215 @@
+"""From a checkpoint folder and options to a server: engines, coordinator, service, HTTP."""
+
+import dataclasses
+import functools
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from fastapi import FastAPI
+from rich.console import Console
+
+from dskjax.checkpoint.hf import load_config, load_hf
+from dskjax.decode.rules import ThinkIds
+from dskjax.tokenizer import Tokenizer
+from serve.attempts import CoordinatorConfig
+from serve.build import Model, Placement, build_engine, place
+from serve.config import EngineConfig, RoleConfig
+from serve.coordinator import Coordinator, Mailbox
+from serve.engine import Engine
+from serve.engine_api import Role
+from serve.http.app import create_app
+from serve.http.config import HttpConfig
+from serve.http.server import run
+from serve.metrics import Metrics
+from serve.observe import EngineObserver
+from serve.programs import CompileCounter
+from serve.router import EngineView, Policy, Router
+from serve.service import Service
+from serve.transfer.faults import Faults
+from serve.transfer.local import LocalTransport
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """What to serve and how.
+
+    Attributes:
+        model: checkpoint folder with tokenizer.
+        name: under which it is served.
+        roles: engines.
+        engine: sizes and choices of every engine.
+        router: policy by name.
+        faults: of the transport, on purpose; see `Faults.parse`.
+        dtype: compute dtype; None: float32 on a CPU, bfloat16 elsewhere.
+        http: limits and keys.
+        coordinator: limits of requests on their way; None fits them to `engine`.
+    """
+
+    model: Path
+    name: str
+    roles: tuple[RoleConfig, ...]
+    engine: EngineConfig
+    router: str = Policy.REMAINING_SLOTS.value
+    faults: str = ""
+    dtype: str | None = None
+    http: HttpConfig = dataclasses.field(default_factory=HttpConfig)
+    coordinator: CoordinatorConfig | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Server:
+    """A server that is warmed up; `service.start()` makes it answer.
+
+    Attributes:
+        service: text in, text out.
+        app: the HTTP application.
+        coordinator: requests on their way.
+        engines: those that work.
+        metrics: what /metrics shows.
+        compiled: counts programs compiled since the warm-up.
+        seconds: that the start took.
+    """
+
+    service: Service
+    app: FastAPI
+    coordinator: Coordinator
+    engines: list[Engine]
+    metrics: Metrics
+    compiled: CompileCounter
+    seconds: float
+
+
+def engine_config(
+    model: Path, *, max_model_len: int | None, drafts: int | None, **rest: Any
+) -> EngineConfig:
+    """`EngineConfig` with what a checkpoint says where nothing is given: its longest sequence, and
+    as many drafts as it has MTP modules.
+    """
+    cfg = load_config(model)
+    if drafts is None:
+        drafts = cfg.mtp.num_nextn_predict_layers
+    longest = cfg.max_position_embeddings
+    return EngineConfig(max_model_len=max_model_len or longest, drafts=drafts, **rest)
+
+
+def build_server(options: ServerOptions, console: Console) -> Server:
+    """Loads the model, builds every engine and warms it up, with progress on `console`.
+
+    Raises:
+        ValueError: the options do not fit the model, the devices or their memory.
+        FileNotFoundError: no checkpoint or no tokenizer there.
+    """
+    begun = time.monotonic()
+    dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    placements = place(options.roles, jax.devices())
+    params, cfg = load_hf(options.model, dtype=dtype, progress=console.is_terminal)
+    tokenizer = Tokenizer.load(options.model)
+    model = Model(
+        name=options.name,
+        params=params,
+        cfg=cfg,
+        eos_ids=tuple(dict.fromkeys((*cfg.eos_token_id, *tokenizer.eos_ids))),
+        think=ThinkIds(tokenizer.think_id, tokenizer.end_think_id),
+    )
+    metrics, mailbox = Metrics(options.name), Mailbox()
+    router = Router(Policy(options.router))
+    split = any(role.role is Role.PREFILL for role in options.roles)
+    transport = _transport(options, placements) if split else None
+    counter = CompileCounter()
+    coordinator: Coordinator | None = None
+
+    def remaining(engine: Engine) -> int:
+        return int(router.remaining(EngineView(engine.name, engine.load(), ())))
+
+    engines = []
+    for placement in placements:
+        numbers = metrics.engine(placement.name, _METRIC_ROLES[placement.role])
+        observer = EngineObserver(
+            numbers,
+            options.engine.accept,
+            compiled=lambda: counter.count,
+            remaining=remaining,
+        )
+        engines.append(
+            build_engine(
+                model,
+                options.engine,
+                placement,
+                post=mailbox.post,
+                transport=transport,
+                observer=observer,
+                progress=functools.partial(_say, console, placement),
+            )
+        )
+        numbers.started(time.monotonic() - begun)
+    coordinator = Coordinator(
+        engines,
+        mailbox,
+        transport=transport,
+        router=router,
+        config=options.coordinator or _limits(options.engine),
+    )
+    service = Service(
+        coordinator,
+        tokenizer,
+        model=options.name,
+        max_model_len=options.engine.max_model_len,
+        default_accept=options.engine.accept,
+        default_drafts=options.engine.drafts,
+        synthetic=options.engine.synthetic is not None,
+        metrics=metrics,
+    )
+    app = create_app(service, options.http, registry=metrics.registry)
+    counter.restart()
+    return Server(service, app, coordinator, engines, metrics, counter, time.monotonic() - begun)
+
+
+_METRIC_ROLES: dict[Role, Any] = {Role.IFB: "both", Role.PREFILL: "prefill", Role.DECODE: "decode"}
+
+
+def _limits(engine: EngineConfig) -> CoordinatorConfig:
+    return CoordinatorConfig(max_queue=engine.max_waiting, layerwise_tokens=engine.layerwise_from)
+
+
+def _transport(options: ServerOptions, placements: list[Placement]) -> LocalTransport:
+    faults = Faults.parse(options.faults) if options.faults else None
+    if faults is not None:
+        log.warning("transfers fail on purpose: %s", options.faults)
+
+    def mover(placement: Placement) -> Any:
+        return lambda arrays: jax.device_put(arrays, placement.sharding)
+
+    return LocalTransport({p.name: mover(p) for p in placements}, faults=faults)
+
+
+def _say(console: Console, placement: Placement, done: int, total: int, what: str) -> None:
+    console.print(
+        f"{placement.name}: compiled {done}/{total}: {what}", highlight=False, soft_wrap=True
+    )
+
+
+def serve_model(
+    options: ServerOptions, host: str, port: int, drain_timeout: float, console: Console
+) -> int:
+    """Serves until a signal; returns the exit status."""
+    server = build_server(options, console)
+
+    def announce(host: str, port: int) -> None:
+        roles = ", ".join(f"{engine.name}" for engine in server.engines)
+        console.print(
+            f"serving {options.name} at http://{host}:{port}/v1 ({roles}; started in "
+            f"{server.seconds:.1f} s)",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    server.service.start()
+    try:
+        return run(server.app, server.service, host, port, drain_timeout, announce=announce)
+    finally:
+        server.service.stop()
