@@ -4,7 +4,9 @@
     forward_layers(params, cache, batch, x, layers=...)   through some of its layers
     forward_mtp(params, cache, batch, hidden, ...)        through one MTP module
 
-The cache is a carry of the scan over layers, so under donation its rows are written in place.
+The cache is a carry of the scan over layers, so under donation its rows are written in place. A
+scan copies each layer's weights out of their stack; with weights that `dskjax.params.unstack` took
+apart the layers are unrolled instead: more to compile, nothing to copy.
 """
 
 import dataclasses
@@ -91,7 +93,10 @@ def forward_layers(
     step = _step(batch, cache, cfg)
 
     def layer(
-        carry: tuple[jax.Array, LatentCache], weights: Params, index: jax.Array, experts: bool
+        carry: tuple[jax.Array, LatentCache],
+        weights: Params,
+        index: jax.Array | int,
+        experts: bool,
     ) -> tuple[Any, None]:
         x, pool = carry
         attend = attention.over_cache(step.tables, pool, index, step.parts, step.plans, cfg, impl)
@@ -105,7 +110,10 @@ def forward_layers(
     ):
         begin, end = max(layers[0] - first, 0), min(layers[1] - first, count)
         indices = jnp.arange(begin, end, dtype=jnp.int32)
-        if (begin, end) == (0, count) and count:
+        if isinstance(params.get(name), tuple):
+            for i in range(begin, end):
+                carry, _ = layer(carry, params[name][i], first + i, experts)
+        elif (begin, end) == (0, count) and count:
             body = lambda c, xs, e=experts, f=first: layer(c, xs[0], f + xs[1], e)  # noqa: E731
             carry, _ = jax.lax.scan(body, carry, (params[name], indices))
         elif begin < end:  # slicing the stack first would copy the weights
@@ -138,7 +146,7 @@ def forward_mtp(
         batch: rows like those of `forward`.
         hidden: [T, D], trunk hidden states after the final norm, or the previous depth's output.
         cfg: the model.
-        module: index of the module, 0 for the first.
+        module: index of the module, 0 for the first; static with unstacked weights.
         impl: implementation of every op.
 
     Returns:
@@ -147,7 +155,10 @@ def forward_mtp(
     step = _step(batch, cache, cfg)
     layer = cfg.num_hidden_layers + module
     attend = attention.over_cache(step.tables, cache, layer, step.parts, step.plans, cfg, impl)
-    weights = jax.tree.map(lambda w: w[module], params["mtp_layers"])
+    stack = params["mtp_layers"]
+    weights = (
+        stack[module] if isinstance(stack, tuple) else jax.tree.map(lambda w: w[module], stack)
+    )
     h, cache_out, _ = bind(MtpModule, weights, cfg)(
         embed(params, step.token_ids), hidden, attend, impl=impl
     )

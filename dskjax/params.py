@@ -149,6 +149,33 @@ def cast(params: Params, specs: Params, dtype: Any) -> Params:
     return jax.tree.map(one, specs, params, is_leaf=is_spec)
 
 
+def unstack(params: Params) -> Params:
+    """The same weights with every layer's as arrays of their own: stacks become tuples.
+
+    For serving on a GPU (see `dskjax.paged`); training and checkpoints want stacks. Stacked arrays
+    are dropped one by one, so if the caller keeps none of them this takes no more memory than the
+    largest.
+    """
+    out = {}
+    for name, group in params.items():
+        if name not in ("dense_layers", "moe_layers", "mtp_layers") or isinstance(group, tuple):
+            out[name] = group
+            continue
+        leaves = dict(named_leaves(group))
+        layers: list[dict[str, jax.Array]] = [{} for _ in next(iter(leaves.values()))]
+        for path in list(leaves):
+            stack = leaves.pop(path)
+            for layer, part in zip(layers, _split(stack), strict=True):
+                layer[path] = part
+        out[name] = tuple(map(tree_of, layers))
+    return out
+
+
+@jax.jit
+def _split(stack: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(stack[i] for i in range(stack.shape[0]))
+
+
 def initialise(specs: Params, key: jax.Array, dtype: Any, std: float | None = None) -> Params:
     """Random parameters.
 

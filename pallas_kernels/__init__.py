@@ -3,6 +3,7 @@ is known here.
 """
 
 from pallas_kernels.act_quant import act_quant
+from pallas_kernels.expert_mlp import expert_mlp
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.latent_cache import LatentCache
 from pallas_kernels.matmul import matmul
@@ -11,6 +12,7 @@ from pallas_kernels.mla_prefill import MlaPrefillPlan, mla_prefill
 from pallas_kernels.quant import QTensor, Recipe, dequantise, quantise
 from pallas_kernels.router import route
 from pallas_kernels.select import Impl
+from pallas_kernels.swiglu import swiglu
 
 __all__ = [
     "Impl",
@@ -21,6 +23,7 @@ __all__ = [
     "Recipe",
     "act_quant",
     "dequantise",
+    "expert_mlp",
     "grouped_matmul",
     "matmul",
     "mla_decode",
@@ -28,4 +31,5 @@ __all__ = [
     "plan_mla_decode",
     "quantise",
     "route",
+    "swiglu",
 ]

@@ -1,11 +1,13 @@
 """Whether and where the request at the head of the queue may start."""
 
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from serve.attempts import Attempt, Books, CoordinatorConfig, Record
-from serve.engine_api import Role
+from serve.engine_api import EngineHandle, Role
 from serve.router import Router
-from serve.transfer.transport import Mode, Ticket
+from serve.transfer.transport import Endpoint, KVTransport, Mode, Ticket
 
 
 class Start(NamedTuple):
@@ -13,6 +15,30 @@ class Start(NamedTuple):
 
     engine: str
     prefill: str = ""
+
+
+def connect(engines: Sequence[EngineHandle], transport: KVTransport | None) -> bool:
+    """Registers engines of different roles at the transport; whether roles are split.
+
+    Raises:
+        ValueError: the roles do not make a server, or a name is used twice.
+        IncompatibleError: a prefill and a decode engine hold their caches differently.
+    """
+    roles = {engine.role for engine in engines}
+    if roles not in ({Role.IFB}, {Role.PREFILL, Role.DECODE}):
+        raise ValueError(f"{sorted(roles)=}: use ifb alone, or both prefill and decode")
+    if len({engine.name for engine in engines}) != len(engines):
+        raise ValueError(f"engine names {[e.name for e in engines]} must differ")
+    if Role.IFB in roles:
+        return False
+    if transport is None:
+        raise ValueError("prefill and decode engines need a transport between them")
+    for engine in engines:
+        transport.register(Endpoint(engine.name, engine.compat), engine.deliver)
+    for source, target in itertools.product(engines, engines):
+        if source.role is Role.PREFILL and target.role is Role.DECODE:
+            transport.check(source.name, target.name)
+    return True
 
 
 class Admission:

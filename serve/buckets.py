@@ -5,7 +5,21 @@ compiled afterwards. Few buckets start fast; many waste little. No JAX.
 """
 
 import dataclasses
+import enum
+import itertools
 from collections.abc import Sequence
+
+
+class Variant(enum.IntEnum):
+    """What the rows of a decode step may ask for; each is a program of its own.
+
+    Only FULL decides anything at run time. At such a branch a GPU waits for the host, so the steps
+    that most requests need have none.
+    """
+
+    PLAIN = 0  # the server's own acceptance rule, temperature, seed, stops and limits
+    TRUNCATED = 1  # the same, and top-k, top-p
+    FULL = 2  # everything
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -18,6 +32,7 @@ class Bucket:
         length: prompt tokens of each of them.
         drafts: drafts verified a step.
         columns: pages of the longest sequence.
+        variant: what decoding rows may ask for.
     """
 
     batch: int
@@ -25,6 +40,7 @@ class Bucket:
     length: int
     drafts: int
     columns: int
+    variant: Variant = Variant.FULL
 
     @property
     def tokens(self) -> int:
@@ -37,7 +53,8 @@ class Bucket:
             parts.append(f"decode {self.batch}x{1 + self.drafts}")
         if self.chunks:
             parts.append(f"prefill {self.chunks}x{self.length}")
-        return " + ".join(parts) + f", {self.columns} pages"
+        kind = f", {self.variant.name.lower()}" if self.batch else ""
+        return " + ".join(parts) + f", {self.columns} pages{kind}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +68,7 @@ class Buckets:
         columns: page table widths, rising.
         mixed: prompt rows may share a program with decoding rows (of the largest batch); otherwise
             they are launched one after another.
+        variants: of decoding, rising.
 
     Raises:
         ValueError: an empty or unsorted list, or a size below 1.
@@ -61,6 +79,7 @@ class Buckets:
     drafts: tuple[int, ...]
     columns: tuple[int, ...]
     mixed: bool = False
+    variants: tuple[Variant, ...] = (Variant.FULL,)
 
     def __post_init__(self):
         for name in ("batches", "drafts", "columns"):
@@ -80,11 +99,14 @@ class Buckets:
         drafts: tuple[int, ...],
         mixed: bool = False,
         few: bool = False,
+        extras: bool = True,
     ) -> "Buckets":
         """A ladder by factors of 4 below the largest sizes; `few` compiles only the largest of
-        each, and one shape for short prompts.
+        each, and one shape for short prompts. Without `extras` nothing compiles what only FULL
+        has.
         """
         steps = 1 if few else 4
+        kinds = (Variant.FULL if extras else Variant.TRUNCATED,) if few else tuple(Variant)
         short = max(chunk // 4, 1)
         shapes = ((1, chunk), (4, short)) if chunk >= 16 else ((1, chunk),)
         return cls(
@@ -93,6 +115,7 @@ class Buckets:
             drafts=tuple(sorted(set(drafts))),
             columns=_ladder(columns, 1 if few else 3, smallest=8),
             mixed=mixed,
+            variants=tuple(v for v in kinds if extras or v is not Variant.FULL),
         )
 
     @property
@@ -106,18 +129,20 @@ class Buckets:
         for columns in self.columns:
             for shape in self.chunk_shapes:
                 found.append(Bucket(0, *shape, 0, columns))
-            for drafts in self.drafts:
-                found += [Bucket(batch, 0, 0, drafts, columns) for batch in self.batches]
+            for drafts, variant in itertools.product(self.drafts, self.variants):
+                shapes = [(batch, 0, 0) for batch in self.batches]
                 if self.mixed:
-                    found += [
-                        Bucket(self.batches[-1], *shape, drafts, columns)
-                        for shape in self.chunk_shapes
-                    ]
+                    shapes += [(self.batches[-1], *shape) for shape in self.chunk_shapes]
+                found += [Bucket(*shape, drafts, columns, variant) for shape in shapes]
         return sorted(found, key=lambda b: (b.tokens * b.columns, b), reverse=True)
 
     def fit_columns(self, columns: int) -> int:
         """The narrowest page table that holds `columns` pages."""
         return next(width for width in self.columns if width >= columns)
+
+    def fit_variant(self, needed: Variant) -> Variant:
+        """The smallest variant that has what `needed` has."""
+        return min(variant for variant in self.variants if variant >= needed)
 
     def fit_batch(self, rows: int) -> int:
         """The smallest batch that holds `rows`."""

@@ -16,7 +16,7 @@ from dskjax.decode.step import DecodeConfig
 from dskjax.decode.synthetic import SyntheticAcceptance
 from dskjax.mesh import make_mesh, preset
 from dskjax.model import param_specs
-from dskjax.params import Params
+from dskjax.params import Params, unstack
 from serve.blocks import BlockManager
 from serve.buckets import Buckets
 from serve.config import EngineConfig, RoleConfig
@@ -143,8 +143,11 @@ def build_engine(
         drafts=drafts,
         mixed=config.mixed,
         few=config.few_buckets,
+        extras=config.extras,
     )
     params = _place_params(model, placement.devices)
+    if config.unroll:
+        params = unstack(params)
     state = _empty_slots(model, config, decode, params, placement, pages=config.columns)
     pages = config.pages or _pages(config, cfg, decode, buckets, params, state, placement.devices)
     state = _empty_slots(model, config, decode, params, placement, pages=pages)
@@ -234,13 +237,14 @@ def _pages(
     state: Slots,
     devices: Sequence[Any],
 ) -> int:
+    rule = config.accept.name
     return count_pages(
         page_bytes=page_bytes(state.cache),
         most=config.slots * config.columns,
         least=config.columns,
         fraction=config.memory_fraction,
         device=devices[0],
-        measure=lambda: step_memory(Programs(cfg, decode, buckets, params, state)),
+        measure=lambda: step_memory(Programs(cfg, decode, buckets, params, state, rule)),
     )
 
 

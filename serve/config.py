@@ -77,6 +77,10 @@ class EngineConfig:
         impl: implementation of every op.
         few_buckets: compile one shape of each kind: starts fast, pads more.
         mixed: prompt rows share a program with decoding rows.
+        extras: serve rules other than `accept`, penalties, logit biases, min_tokens and
+            log-probabilities; without, such requests are refused and fewer programs compiled.
+        unroll: unstack the layers' weights (`dskjax.params.unstack`): slower to compile, and on a
+            GPU much faster to run.
         memory_fraction: of a device's memory that weights, cache and scratch may take together.
         max_waiting, max_waiting_tokens: queue limits of an engine.
         prefill_policy: "short-first" or "fcfs".
@@ -101,6 +105,8 @@ class EngineConfig:
     impl: str = "auto"
     few_buckets: bool = False
     mixed: bool = False
+    extras: bool = True
+    unroll: bool = False
     memory_fraction: float = 0.9
     max_waiting: int = 1024
     max_waiting_tokens: int = 2**20

@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from serve.engine_api import (
     EngineEvent,
@@ -35,6 +35,7 @@ LOAD_EVERY = 0.02
 """Seconds between snapshots of the load."""
 
 
+@runtime_checkable
 class EngineRunner(Runner, Protocol):
     """What an engine asks of its runner beside launching: see `serve.runner.Runner`."""
 
@@ -97,6 +98,7 @@ class Engine:
         self._stopping = False
         self._ready = False
         self._launched: collections.deque[Launched] = collections.deque()
+        self._untold: list[TokenEvent] = []
         self._tpot = 0.0
         self._load_at = -1.0
         self._load = self._snapshot()
@@ -232,6 +234,7 @@ class Engine:
                 for request in plan.requests:
                     if request.prefill_only:
                         self._link.complete(request.id)
+        self._tell()
         host = self._clock() - begun
         if len(self._launched) > (plan is not None):
             self._apply(host)
@@ -259,15 +262,18 @@ class Engine:
         plan, pending, launched = self._launched.popleft()
         result = self._runner.fetch(pending)
         fetched = self._clock()
-        events = self.scheduler.apply(plan, result, fetched)
-        self._tell(events)
+        self._untold = self.scheduler.apply(plan, result, fetched)
         if len(result.count) and (emitted := int(result.count.sum())):
             tpot = (fetched - launched) * len(result.count) / emitted
             self._tpot += 0.1 * (tpot - self._tpot) if self._tpot else tpot
         host += self._clock() - fetched
         self._observer.stepped(plan, result, host, fetched - launched)
 
-    def _tell(self, events: list[TokenEvent]) -> None:
+    def _tell(self) -> None:
+        """Posts what the last result brought. After the next launch: whoever makes text of it then
+        works while the device does, and does not keep the interpreter from the launch.
+        """
+        events, self._untold = self._untold, []
         if any(event.request.prefill_only for event in events):
             for event in events:
                 if event.request.prefill_only:

@@ -16,7 +16,7 @@ import itertools
 import logging
 from collections.abc import Callable, Sequence
 
-from serve.admission import Admission
+from serve.admission import Admission, connect
 from serve.attempts import (
     Attempt,
     Books,
@@ -58,6 +58,10 @@ class Lifecycle:
         config: limits.
         sink: takes the events for clients, those of a request in order.
 
+    Attributes:
+        remaining: of each decoding engine, `Router.remaining` at most a second ago; replaced, never
+            changed, so any thread may read it.
+
     Raises:
         ValueError: the roles do not make a server, or a name is used twice.
         IncompatibleError: a prefill and a decode engine hold their caches differently.
@@ -71,30 +75,18 @@ class Lifecycle:
         config: CoordinatorConfig,
         sink: Callable[[list[TokenEvent]], None],
     ):
-        roles = {engine.role for engine in engines}
-        self.split = Role.IFB not in roles
-        if roles not in ({Role.IFB}, {Role.PREFILL, Role.DECODE}):
-            raise ValueError(f"{sorted(roles)=}: use ifb alone, or both prefill and decode")
-        if len({engine.name for engine in engines}) != len(engines):
-            raise ValueError(f"engine names {[e.name for e in engines]} must differ")
-        if self.split:
-            if transport is None:
-                raise ValueError("prefill and decode engines need a transport between them")
-            for engine in engines:
-                transport.register(Endpoint(engine.name, engine.compat), engine.deliver)
-            for source, target in itertools.product(engines, engines):
-                if source.role is Role.PREFILL and target.role is Role.DECODE:
-                    transport.check(source.name, target.name)
+        self.split = connect(engines, transport)
         self.books = Books({engine.name: engine for engine in engines})
         self.router = router
         self.config = config
         self.now = 0.0
+        self.remaining: dict[str, float] = {}
         self._admission = Admission(self.books, router, config, self.split)
         self._maybe_transport = transport
         self._sink = sink
         self._out: list[TokenEvent] = []
         self._order = itertools.count()
-        self._heartbeat_at = 0.0
+        self._heartbeat_at = self._measure_at = 0.0
 
     @property
     def transport(self) -> KVTransport:
@@ -114,8 +106,6 @@ class Lifecycle:
     def idle(self) -> bool:
         """Nothing is asked for, and everything was given back."""
         return not (self.books.records or self.books.attempts)
-
-    # --- what comes in --------------------------------------------------------------------------
 
     def submit(self, request: Request, now: float) -> None:
         """Queues a request."""
@@ -204,10 +194,12 @@ class Lifecycle:
             self._heartbeat_at = now + self.config.lease / 6
             live = (a for a in self.books.attempts.values() if a.ticket and not a.closing)
             self.transport.heartbeat([attempt.id for attempt in live])
+        if now >= self._measure_at:
+            self._measure_at = now + 1.0
+            views = self.books.views(Role.IFB, Role.DECODE)
+            self.remaining = {view.name: self.router.remaining(view) for view in views}
         self._start()
         self._flush()
-
-    # --- starting -------------------------------------------------------------------------------
 
     def _queue(self, record: Record) -> None:
         record.phase, record.attempt, record.deadline = Phase.QUEUED, None, record.queued_until
@@ -241,8 +233,6 @@ class Lifecycle:
 
     def _wait(self, record: Record, phase: Phase, seconds: float) -> None:
         record.phase, record.deadline = phase, self.now + seconds
-
-    # --- the steps of a split request -----------------------------------------------------------
 
     def _waiting(self, attempt_id: str, phase: Phase) -> Attempt | None:
         attempt = self.books.attempts.get(attempt_id)
@@ -307,8 +297,6 @@ class Lifecycle:
         self.books.engines[attempt.prefill].release(attempt.id, failed=False)
         self.transport.close(attempt.id)
         self._wait(record, Phase.DECODE, self.config.stall_timeout)
-
-    # --- decoding, and what goes wrong ----------------------------------------------------------
 
     def _on_tokens(self, event: Tokens) -> None:
         for news in event.events:
@@ -392,8 +380,6 @@ class Lifecycle:
             self.transport.close(attempt.id)
             self.books.engines[attempt.prefill].release(attempt.id, attempt.failed)
         self.books.engines[attempt.decode].release(attempt.id, True)
-
-    # --- ends -----------------------------------------------------------------------------------
 
     def _error(self, record: Record, message: str) -> None:
         self._out.append(TokenEvent(record.request, [], FinishReason.ERROR, message=message))

@@ -7,7 +7,7 @@ launches, which is what makes reuse of pages safe on either side.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 
@@ -24,6 +24,7 @@ Pages = Callable[[], Sequence[int]]
 """The pages that a request has now, from its first token on."""
 
 
+@runtime_checkable
 class Link(Protocol):
     """What an engine needs of its end of the wire."""
 

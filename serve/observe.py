@@ -9,6 +9,7 @@ from dskjax.decode.rules import RuleOptions
 from serve.engine import Engine, Observer
 from serve.engine_metrics import EngineMetrics
 from serve.plan import StepPlan, StepResult
+from serve.request import Request
 
 
 class EngineObserver(Observer):
@@ -31,6 +32,8 @@ class EngineObserver(Observer):
     ):
         self._metrics, self._accept = metrics, accept
         self._compiled, self._remaining = compiled, remaining
+        self._requests: list[Request] = []
+        self._groups: dict[str, np.ndarray | None] = {}
         self._seen = {"compiled": 0, "preemptions": 0, "hits": 0, "queries": 0}
 
     def stepped(self, plan: StepPlan, result: StepResult, host: float, step: float) -> None:
@@ -38,15 +41,13 @@ class EngineObserver(Observer):
         self._metrics.step(seconds=step, host_seconds=host)
         if not plan.drafts or not len(result.offered):
             return
-        chosen = [i for i, request in enumerate(plan.requests) if request.accept is not None]
-        names = np.full(len(plan.requests), self._accept.name, object)
-        for index in chosen:
-            rule = plan.requests[index].accept
-            if isinstance(rule, RuleOptions):
-                names[index] = rule.name
-        for name in set(names) if chosen else (self._accept.name,):
-            rows = names == name
-            self._metrics.drafts(name, offered=result.offered[rows], accepted=result.accepted[rows])
+        if plan.requests is not self._requests:  # the scheduler shares the list between plans
+            self._requests, self._groups = plan.requests, self._by_rule(plan.requests)
+        for name, rows in self._groups.items():
+            offered, accepted = result.offered, result.accepted
+            if rows is not None:
+                offered, accepted = offered[rows], accepted[rows]
+            self._metrics.drafts(name, offered=offered, accepted=accepted)
 
     def loaded(self, engine: Engine) -> None:
         """See `serve.engine.Observer`."""
@@ -64,6 +65,15 @@ class EngineObserver(Observer):
             self._metrics.preempted(preempted)
         if self._compiled is not None and (new := self._new("compiled", self._compiled())):
             self._metrics.compiled(new)
+
+    def _by_rule(self, requests: list[Request]) -> dict[str, np.ndarray | None]:
+        """Rows of each acceptance rule by its name; None where all have the same."""
+        rules = [r.accept if isinstance(r.accept, RuleOptions) else self._accept for r in requests]
+        names = np.array([rule.name for rule in rules], object)
+        kinds = sorted({rule.name for rule in rules})
+        if len(kinds) == 1:
+            return {kinds[0]: None}
+        return {name: np.flatnonzero(names == name) for name in kinds}
 
     def _new(self, name: str, total: int) -> int:
         new, self._seen[name] = total - self._seen[name], total

@@ -8,7 +8,7 @@ was known one step earlier; device state (last token, length, drafts) never pass
 """
 
 import dataclasses
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -114,6 +114,7 @@ class TokenEvent(NamedTuple):
     message: str = ""
 
 
+@runtime_checkable
 class Runner(Protocol):
     """The device side of an engine, as the engine's thread sees it."""
 

@@ -6,6 +6,7 @@ what is compiled all the same (`CompileCounter`).
 """
 
 import concurrent.futures
+import dataclasses
 import functools
 import os
 import time
@@ -22,7 +23,7 @@ from dskjax.decode.rows import DecodeRows, PrefillRows, StepOutput
 from dskjax.decode.slots import Slots, admit, set_said
 from dskjax.decode.step import DecodeConfig, step
 from dskjax.params import Params
-from serve.buckets import Bucket, Buckets
+from serve.buckets import Bucket, Buckets, Variant
 from serve.plan import Chunk, StepPlan
 from serve.request import Request, StopOptions
 from serve.rows import admission, decode_rows, option_row, prefill_rows
@@ -81,6 +82,7 @@ class Programs:
         buckets: what to compile.
         params: weights, on the engine's devices.
         state: slots on the engine's devices, or their shapes with shardings.
+        default_rule: the rule of variants that have only one.
     """
 
     def __init__(
@@ -90,8 +92,10 @@ class Programs:
         buckets: Buckets,
         params: Params,
         state: Slots,
+        default_rule: str,
     ):
         self.cfg, self.config, self.buckets = cfg, config, buckets
+        self.default_rule = default_rule
         self._params = jax.tree.map(_abstract, params)
         self._state = jax.tree.map(_abstract, state)
         self._out = jax.tree.map(lambda x: x.sharding, self._state)
@@ -124,6 +128,11 @@ class Programs:
     def lower(self, bucket: Bucket) -> Any:
         """The lowered program of a bucket, to compile or to look at."""
         config = self.config.fewer(bucket.drafts)
+        if bucket.variant is not Variant.FULL:
+            truncate = bucket.variant is Variant.TRUNCATED
+            config = dataclasses.replace(
+                config, rules=(self.default_rule,), truncate=truncate, extras=False
+            )
         run = functools.partial(packed_step, cfg=self.cfg, config=config)
         return jax.jit(run, donate_argnums=1, out_shardings=(self._out, None)).lower(
             self._params, self._state, *self.example(bucket)
@@ -229,21 +238,23 @@ class CompileCounter:
 
 
 def launches(
-    plan: StepPlan, chunks: Sequence[Chunk], buckets: Buckets
+    plan: StepPlan, chunks: Sequence[Chunk], needed: Variant, buckets: Buckets
 ) -> Iterable[tuple[Bucket, bool, list[int]]]:
     """How a plan's decoding rows and some chunks are spread over programs: (bucket, whether it
     decodes, indices of its chunks).
 
     Decoding rows come first, together with the largest group of chunks if the buckets mix.
     """
-    columns = buckets.fit_columns(plan.columns)
+    columns, variant = buckets.fit_columns(plan.columns), buckets.fit_variant(needed)
     groups = buckets.group([chunk.length for chunk in chunks])
     rows = len(plan.requests)
     if rows:
         if buckets.mixed and groups:
             shape, members = groups.pop(0)
-            yield Bucket(buckets.batches[-1], *shape, plan.drafts, columns), True, members
+            size = (buckets.batches[-1], *shape)
+            yield Bucket(*size, plan.drafts, columns, variant), True, members
         else:
-            yield Bucket(buckets.fit_batch(rows), 0, 0, plan.drafts, columns), True, []
+            size = (buckets.fit_batch(rows), 0, 0)
+            yield Bucket(*size, plan.drafts, columns, variant), True, []
     for shape, members in groups:
         yield Bucket(0, *shape, 0, columns), False, members

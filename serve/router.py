@@ -4,8 +4,8 @@ Policies for engines that decode:
 - round-robin: the next one;
 - request-count: fewest requests;
 - kv-size: fewest cached tokens;
-- remaining-slots: most requests that it could still take at a short horizon, from the running mean
-  of the answers' lengths: what runs now and is expected to end by then makes room.
+- remaining-slots: most requests that it could still take at a short horizon: what runs now and is
+  expected to end by then, from the lengths of the answers so far, makes room.
 A prefill goes to the engine with the fewest queued uncached tokens; each engine's own scheduler
 then serves short prompts first.
 """
@@ -13,8 +13,11 @@ then serves short prompts first.
 import dataclasses
 import enum
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from serve.engine_api import EngineLoad
 
@@ -60,27 +63,55 @@ class EngineView:
 
 
 class OutputLengths:
-    """Running mean of the answers' lengths, by traffic class.
+    """What is known of the answers' lengths, by traffic class: running mean and latest lengths.
 
     Args:
-        initial: tokens, before the first answer of any class.
-        weight: of the newest answer.
+        initial: tokens, the mean before the first answer of any class.
+        weight: of the newest answer in the mean.
+        keep: latest lengths of a class.
     """
 
-    def __init__(self, initial: float = 512.0, weight: float = 0.05):
+    def __init__(self, initial: float = 512.0, weight: float = 0.05, keep: int = 512):
         self._weight = weight
+        self._keep = keep
         self._all = initial
-        self._by_class: dict[int, float] = {}
+        self._means: dict[int, float] = {}
+        self._latest: dict[int, deque[int]] = {}
+        self._sorted: dict[int, np.ndarray] = {}
 
     def observe(self, priority: int, tokens: int) -> None:
         """An answer ended."""
-        old = self._by_class.get(priority, self._all)
-        self._by_class[priority] = old + self._weight * (tokens - old)
+        old = self._means.get(priority, self._all)
+        self._means[priority] = old + self._weight * (tokens - old)
         self._all += self._weight * (tokens - self._all)
+        self._latest.setdefault(priority, deque(maxlen=self._keep)).append(tokens)
+        self._sorted.pop(priority, None)
 
     def mean(self, priority: int) -> float:
         """Tokens, at least 1."""
-        return max(1.0, self._by_class.get(priority, self._all))
+        return max(1.0, self._means.get(priority, self._all))
+
+    def ending(self, priority: int, generated: np.ndarray, tokens: float) -> np.ndarray:
+        """Chance that answers which have so many tokens end within `tokens` more.
+
+        From the latest lengths that are longer; with fewer than 8 of them as if every token might
+        be the last, at the rate that gives the mean.
+
+        Args:
+            priority: traffic class.
+            generated: [n], tokens so far.
+            tokens: how many more.
+
+        Returns:
+            float64 [n].
+        """
+        lengths = self._sorted.get(priority)
+        if lengths is None:
+            lengths = self._sorted[priority] = np.sort(self._latest.get(priority, ()))
+        longer = len(lengths) - np.searchsorted(lengths, generated, side="right")
+        after = len(lengths) - np.searchsorted(lengths, generated + tokens, side="right")
+        memoryless = 1 - math.exp(-tokens / self.mean(priority))
+        return np.where(longer >= 8, 1 - after / np.maximum(longer, 1), memoryless)
 
 
 def remaining_slots(
@@ -88,29 +119,33 @@ def remaining_slots(
 ) -> float:
     """Requests that the engine could take within `horizon` seconds, beyond those it has.
 
-    A request is expected to be free after max(0, mean output - generated) * tpot seconds. The count
-    is the smaller of slots and of cache in units of a mean request, a fraction where that is the
-    cache; negative if the engine is overcommitted.
+    The smaller of free slots, and of free cache in units of a mean request, both with what is
+    expected to end by then. Negative if the engine is overcommitted.
+
+    A request that has passed the mean length is not expected to end at once: of long-tailed
+    lengths, half of what runs has, and an engine full of the longest would look empty. So a
+    request ends by the horizon with the chance that those before it did which came as far.
 
     Args:
         view: the engine.
-        lengths: running means of the answers' lengths.
+        lengths: of the answers.
         horizon: seconds.
         mean_prompt: tokens.
         tpot: seconds a token, used where the engine has none yet.
     """
     load = view.load
-    tpot = load.tpot or tpot
-    finishes, freed = 0, 0
-    for request in view.requests:
-        left = max(0.0, lengths.mean(request.priority) - request.generated) * tpot
-        if left <= horizon:
-            finishes += 1
-            freed += request.prompt + request.generated
+    tokens = horizon / (load.tpot or tpot)
+    ends, freed = 0.0, 0.0
+    for priority in {request.priority for request in view.requests}:
+        mine = [(r.prompt, r.generated) for r in view.requests if r.priority == priority]
+        prompt, generated = np.array(mine).T
+        chance = lengths.ending(priority, generated, tokens)
+        ends += float(chance.sum())
+        freed += float((chance * (prompt + generated)).sum())
     free = load.total_pages * load.page_size - view.kv_tokens
-    by_slots = load.slots - len(view.requests) + finishes
+    by_slots = load.slots - len(view.requests) + ends
     by_cache = (free + freed) / (mean_prompt + lengths.mean(0))
-    return min(float(by_slots), by_cache)
+    return min(by_slots, by_cache)
 
 
 class Router:
@@ -169,11 +204,9 @@ class Router:
         """The engine with the fewest queued uncached tokens."""
         return min(queued, key=lambda name: queued[name], default=None)
 
-    def _cost(self, view: EngineView) -> tuple[int, ...]:
+    def _cost(self, view: EngineView) -> tuple[float | int, ...]:
         if self.policy is Policy.REQUEST_COUNT:
             return (len(view.requests),)
         if self.policy is Policy.KV_SIZE:
             return (view.kv_tokens,)
-        remaining = self.remaining(view)
-        # Engines that are as good as full, or without any bound, are told apart by what they hold.
-        return (-math.floor(remaining), view.kv_tokens)
+        return (-self.remaining(view), view.kv_tokens)

@@ -12,6 +12,7 @@ from dskjax.decode.rows import DecodeRows, PrefillRows
 from dskjax.decode.rules import RuleOptions, RuleRows, ThinkIds
 from dskjax.decode.sampling import SamplingParams
 from dskjax.decode.slots import Admission, RowOptions, stack_rows
+from serve.buckets import Variant
 from serve.plan import Chunk
 from serve.request import MAX_LOGIT_BIAS, MAX_STOP_TOKENS, Request
 
@@ -158,6 +159,15 @@ def admission(
         "thinking": phases,
     }
     return Admission(options=row_options(options, ADMIT_ROWS), **fields)
+
+
+def needs(request: Request, has_default_rule: bool) -> Variant:
+    """The smallest variant of the decode step that can serve a request."""
+    s, stop = request.sampling, request.stop
+    special = s.penalised or s.logit_bias or s.logprobs is not None or stop.min_tokens
+    if special or not has_default_rule:
+        return Variant.FULL
+    return Variant.TRUNCATED if s.temperature and (s.top_k or s.top_p < 1) else Variant.PLAIN
 
 
 def is_thinking(request: Request, think: ThinkIds) -> bool:

@@ -17,12 +17,20 @@ from dskjax.decode.slots import Slots
 from dskjax.decode.step import DecodeConfig
 from dskjax.decode.tuner import DraftTemperature
 from dskjax.params import Params
-from serve.buckets import Buckets
+from serve.buckets import Buckets, Variant
 from serve.layerwise import LayerwisePrefill
 from serve.plan import Chunk, StepLogprobs, StepPlan, StepResult
 from serve.programs import Packed, Programs, Progress, launches
 from serve.request import Request
-from serve.rows import ADMIT_ROWS, admission, decode_rows, option_row, prefill_rows, token_counts
+from serve.rows import (
+    ADMIT_ROWS,
+    admission,
+    decode_rows,
+    needs,
+    option_row,
+    prefill_rows,
+    token_counts,
+)
 
 Sender = Callable[[Slots, Chunk, tuple[int, int]], None]
 """Takes the pages that a layer group of a chunk wrote: (state, chunk, layers)."""
@@ -82,7 +90,7 @@ class Runner:
         self.cfg, self.config, self.buckets = cfg, config, buckets
         self.params, self.state = params, state
         self.accept, self.eos_ids = accept, eos_ids
-        self.programs = Programs(cfg, config, buckets, params, state)
+        self.programs = Programs(cfg, config, buckets, params, state, accept.name)
         self.layerwise: LayerwisePrefill | None = None
         self.senders: dict[str, Sender] = {}
         self.tuner = DraftTemperature(config.spec.drafts) if config.spec.sampled else None
@@ -91,6 +99,7 @@ class Runner:
         self._drawn = self._scale  # of the drafts that the next step verifies
         self._wants_logprobs = np.zeros(self._slots, bool)
         self._hybrid = np.zeros(self._slots, bool)
+        self._variant = np.zeros(self._slots, np.int8)
 
     def warm_up(self, progress: Progress | None = None) -> float:
         """Compiles every program and runs each once on padding; returns the seconds it took."""
@@ -115,6 +124,11 @@ class Runner:
                 f"accept={rule.name!r} is not among this server's rules: "
                 f"{', '.join(self.config.rules)} (see --rules)"
             )
+        if needs(request, rule in (None, self.accept)) > self.buckets.variants[-1]:
+            raise ValueError(
+                "this server was started with --no-extras: requests cannot choose a rule, "
+                "penalties, logit_bias, min_tokens or logprobs"
+            )
         option_row(request, accept=self.accept, drafts=0, eos_ids=self.eos_ids)
         biased = [token for token, _ in request.sampling.logit_bias]
         for name, ids in (("prompt", request.tokens), ("logit_bias", biased)):
@@ -133,7 +147,8 @@ class Runner:
         for chunk in plan.chunks:
             if chunk.request.id in self.senders:
                 receipts.append(self._launch_groups(chunk, page_table))
-        for bucket, decodes, chunks in launches(plan, whole, self.buckets):
+        needed = Variant(int(self._variant[plan.slots].max(initial=0)))
+        for bucket, decodes, chunks in launches(plan, whole, needed, self.buckets):
             decode = prefill = None
             if decodes:
                 decode = decode_rows(
@@ -214,6 +229,7 @@ class Runner:
             slot = request.slot
             rule = request.accept if isinstance(request.accept, RuleOptions) else self.accept
             self._hybrid[slot] = rule.name == "hybrid"
+            self._variant[slot] = needs(request, rule == self.accept)
             self._wants_logprobs[slot] = request.sampling.logprobs is not None
             if request.sampling.penalised:
                 counts = token_counts(request, self.cfg.vocab_size)

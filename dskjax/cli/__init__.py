@@ -4,10 +4,10 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from dskjax.cli import model, serve, train
-from dskjax.cli.common import app, bench, err, train_mtp
+from dskjax.cli import acceptance, bench, model, serve, train
+from dskjax.cli.common import app, err, train_mtp
 
-__all__ = ["app", "bench", "main", "model", "serve", "train", "train_mtp"]
+__all__ = ["acceptance", "app", "bench", "main", "model", "serve", "train", "train_mtp"]
 
 
 @app.callback()

@@ -169,7 +169,11 @@ def generate(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the plot.")] = Path("runs/demo"),
 ) -> None:
-    """The shipped small model answers, with and without speculation; a table and a plot."""
-    from dskjax.demo import run
+    """A server of the shipped small model answers, with and without drafts; a table and a plot."""
+    from serve.demo import run
 
-    run(Console(), out)
+    try:
+        run(Console(), out)
+    except RuntimeError as error:
+        err.print(f"error: {error}", style="red", soft_wrap=True, highlight=False, markup=False)
+        raise typer.Exit(1) from error

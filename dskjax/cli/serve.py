@@ -69,6 +69,14 @@ def serve(
         bool | None,
         typer.Option(help="Prompts and decoding share programs. Default: on a GPU."),
     ] = None,
+    extras: Annotated[
+        bool,
+        typer.Option(help="Let requests choose rules, penalties, biases, logprobs, min_tokens."),
+    ] = True,
+    unroll: Annotated[
+        bool | None,
+        typer.Option(help="Compile every layer on its own: faster steps. Default: on a GPU."),
+    ] = None,
     prefill_policy: Annotated[str, typer.Option(help="short-first or fcfs.")] = "short-first",
     layerwise_from: Annotated[
         int,
@@ -131,6 +139,8 @@ def serve(
         impl=impl,
         few_buckets=on_cpu if few_buckets is None else few_buckets,
         mixed=not on_cpu if mixed is None else mixed,
+        extras=extras,
+        unroll=not on_cpu if unroll is None else unroll,
         memory_fraction=memory_fraction,
         max_waiting=max_waiting,
         prefill_policy=prefill_policy,  # pyright: ignore[reportArgumentType] - checked there

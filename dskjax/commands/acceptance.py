@@ -168,7 +168,7 @@ def report(
             skipped.append(what)
             continue
         on_run(what)
-        # All kinds and temperatures in one batch: one program a rule and number of drafts.
+        # All kinds and temperatures in one batch, all rules in one program.
         asked = [
             _Asked(t, kind, ids, seed + i, answers[kind][i] if kind in answers else None)
             for t in heats
@@ -186,6 +186,7 @@ def report(
                 seed=[one.seed for one in asked],
             ),
             accept=rule,
+            rules=tuple(dict.fromkeys(one.name for one in rules)),
             drafts=m,
             thinking=[group == THINKING] * len(asked),
             think=think,
@@ -223,6 +224,28 @@ def report(
         "published": PUBLISHED,
         "rows": rows,
         "skipped": skipped,
+    }
+
+
+def joined(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Reports of different numbers of drafts as one.
+
+    Raises:
+        ValueError: none given, or they differ in more than their drafts.
+    """
+    if not results:
+        raise ValueError("no reports to join: give at least one")
+    first = results[0]
+    for other in results[1:]:
+        ours, theirs = ({**r["settings"], "drafts": 0} for r in (first, other))
+        if ours != theirs or first["device"] != other["device"]:
+            raise ValueError("reports differ in device or settings, not just in drafts")
+    drafts = sorted({m for r in results for m in r["settings"]["drafts"]})
+    return {
+        **first,
+        "settings": {**first["settings"], "drafts": drafts},
+        "rows": sorted((row for r in results for row in r["rows"]), key=lambda row: row["drafts"]),
+        "skipped": [what for r in results for what in r["skipped"]],
     }
 
 

@@ -18,6 +18,7 @@ until they are overwritten. A step may draft fewer tokens than the modules could
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -154,16 +155,21 @@ def extend(
     return cache
 
 
+Depth = tuple[Array | int, Array]
+"""A depth, and the uniforms its drafts are drawn with."""
+
+
 def propose(
     params: Params,
     cache: LatentCache,
     page_table: Int[Array, "B W"],
     window: Window,
-    draw: Callable[[Array, Array], SamplingParams],
+    draw: Callable[[Array | int, Array], SamplingParams],
     u_draft: Float[Array, "B m"],
     *,
     cfg: ModelConfig,
     spec: DraftSpec,
+    truncate: bool | None = None,
     impl: str,
 ) -> tuple[Drafts, LatentCache]:
     """Drafts the next m tokens of each sequence and brings the modules' cache up to date.
@@ -179,6 +185,7 @@ def propose(
         u_draft: uniforms for drawing them.
         cfg: the model.
         spec: scheme and number of drafts.
+        truncate: see `dskjax.decode.sampling.distribution`.
         impl: implementation of every op.
 
     Returns:
@@ -192,22 +199,22 @@ def propose(
     known = window.end - rows + window.last + 1  # N: position of the newest known token
 
     def pick(
-        hidden: jax.Array, u: jax.Array, depth: jax.Array, entropy: jax.Array
+        hidden: jax.Array, u: jax.Array, depth: jax.Array | int, entropy: jax.Array
     ) -> tuple[Drafts, jax.Array]:
         logits = head(params, hidden, cfg=cfg)
         if not spec.sampled:
             return Drafts(jnp.argmax(logits, axis=-1).astype(jnp.int32), None), entropy
         entropy = jnp.where(depth == 0, _entropy(logits), entropy)
-        probs = distribution(logits, draw(depth, entropy))
+        probs = distribution(logits, draw(depth, entropy), truncate)
         return Drafts(sample(probs, u), probs), entropy
 
-    def module(carry: Any, k: jax.Array) -> tuple[jax.Array, LatentCache]:
+    def module(carry: Any, k: jax.Array | int) -> tuple[jax.Array, LatentCache]:
         hidden, tokens, _, pool = carry
         shifted = jax.lax.dynamic_slice_in_dim(tokens, k, rows, axis=1)
         part = RaggedBatch.uniform(shifted, page_table, window.end, "absorbed")
         return forward_mtp(params, pool, part, hidden, cfg=cfg, module=k, impl=impl)
 
-    def depth(carry: Any, xs: tuple[jax.Array, jax.Array]) -> tuple[Any, Drafts]:
+    def depth(carry: Any, xs: Depth) -> tuple[Any, Drafts]:
         k, u = xs
         hidden, pool = module(carry, k)
         newest = hidden.reshape(batch, rows, width)[sequence, window.last]
@@ -215,11 +222,13 @@ def propose(
         tokens = carry[1].at[sequence, window.last + k + 1].set(draft.tokens)
         return (hidden, tokens, entropy, pool), draft
 
-    def upkeep(carry: Any, k: jax.Array) -> tuple[Any, None]:
-        hidden, pool = module(carry, k)  # no draft follows: these rows are computed again anyway
+    def upkeep(carry: Any, xs: Depth) -> tuple[Any, None]:
+        hidden, pool = module(
+            carry, xs[0]
+        )  # no draft follows: these rows are computed again anyway
         return (hidden, *carry[1:3], pool), None
 
-    def recycle(carry: Any, xs: tuple[jax.Array, jax.Array]) -> tuple[Any, Drafts]:
+    def recycle(carry: Any, xs: Depth) -> tuple[Any, Drafts]:
         newest, token, entropy, pool = carry
         j, u = xs
         lens = jnp.where(window.end > 0, known + j, 0)
@@ -228,19 +237,17 @@ def propose(
         draft, entropy = pick(newest, u, j, entropy)
         return (newest, draft.tokens, entropy, pool), draft
 
-    steps = jnp.arange(max(spec.drafts, spec.depths), dtype=jnp.int32)
+    loop = functools.partial(_loop, u_draft.T, isinstance(params["mtp_layers"], tuple))
     split = min(spec.depths, spec.drafts)
     tokens = jnp.pad(window.tokens, ((0, 0), (0, spec.depths)))
     carry = (window.hidden.reshape(-1, width), tokens, jnp.zeros(batch, jnp.float32), cache)
     picked = None
     if split:
         with jax.named_scope("mtp/depths"):
-            carry, picked = jax.lax.scan(
-                depth, carry, (steps[:split], u_draft.T[:split]), unroll=split == 1
-            )
+            carry, picked = loop(depth, carry, range(split))
     if split < spec.depths:
         with jax.named_scope("mtp/upkeep"):
-            carry, _ = jax.lax.scan(upkeep, carry, steps[split : spec.depths])
+            carry, _ = loop(upkeep, carry, range(split, spec.depths))
     hidden, _, entropy, cache = carry
     if picked is None:
         return nothing, cache
@@ -248,9 +255,7 @@ def propose(
         newest = hidden.reshape(batch, rows, width)[sequence, window.last]
         carry = (newest, picked.tokens[-1], entropy, cache)
         with jax.named_scope("mtp/recycle"):
-            (_, _, _, cache), more = jax.lax.scan(
-                recycle, carry, (steps[split:], u_draft.T[split:])
-            )
+            (*_, cache), more = loop(recycle, carry, range(split, spec.drafts))
         picked = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), picked, more)
     drafts = jax.tree.map(lambda x: x.swapaxes(0, 1), picked)
     has_anchor = (window.end > 0) & (known > 0)
@@ -259,6 +264,22 @@ def propose(
         return jnp.where(has_anchor.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
 
     return jax.tree.map(keep, drafts, nothing), cache
+
+
+def _loop(
+    u_mb: jax.Array, unroll: bool, body: Callable[..., Any], carry: Any, depths: range
+) -> tuple[Any, Any]:
+    """Scans `body(carry, (depth, uniforms of that depth))` over depths, or unrolls that."""
+    missing = max(depths.stop - u_mb.shape[0], 0)  # depths that draw nothing
+    uniforms = jnp.pad(u_mb, ((0, missing), (0, 0)))
+    if not unroll and len(depths) > 1:
+        steps = jnp.arange(depths.start, depths.stop, dtype=jnp.int32)
+        return jax.lax.scan(body, carry, (steps, uniforms[depths.start : depths.stop]))
+    outs = []
+    for k in depths:
+        carry, out = body(carry, (k, uniforms[k]))
+        outs.append(out)
+    return carry, jax.tree.map(lambda *each: jnp.stack(each), *outs)
 
 
 def _entropy(logits: jax.Array) -> jax.Array:

@@ -179,14 +179,18 @@ def accept_rows(
     out = Accepted(
         tokens=jnp.zeros(u_final.shape, jnp.int32), count=jnp.ones(drafts.shape[:1], jnp.int32)
     )
-    for users, asked, rule in choices:
-        if users & set(names):
-            out = _where_asked(asked, rule, out)
+    possible = [(asked, rule) for users, asked, rule in choices if users & set(names)]
+    for asked, rule in possible:
+        out = _where_asked(asked, rule, out, always=len(possible) == 1)
     return out
 
 
-def _where_asked(asked: Array, rule: Callable[[], Accepted], out: Accepted) -> Accepted:
-    """`out` with the rows that ask for `rule` replaced by its answer; computed if any row does."""
+def _where_asked(
+    asked: Array, rule: Callable[[], Accepted], out: Accepted, *, always: bool
+) -> Accepted:
+    """`out` with the rows that ask for `rule` replaced by its answer. Computed if any row does; a
+    branch makes a GPU wait for the host, so `always` computes it in any case.
+    """
 
     def run() -> Accepted:
         new = rule()
@@ -195,7 +199,7 @@ def _where_asked(asked: Array, rule: Callable[[], Accepted], out: Accepted) -> A
             count=jnp.where(asked, new.count, out.count),
         )
 
-    return jax.lax.cond(jnp.any(asked), run, lambda: out)
+    return run() if always else jax.lax.cond(jnp.any(asked), run, lambda: out)
 
 
 def draft_sampling(

@@ -14,7 +14,7 @@ independent of what, and why.
 import dataclasses
 import enum
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -86,7 +86,9 @@ class SamplingParams:
         )
 
 
-def distribution(logits: Float[Array, "B *T X"], params: SamplingParams) -> Float[Array, "B *T X"]:
+def distribution(
+    logits: Float[Array, "B *T X"], params: SamplingParams, truncate: bool | None = None
+) -> Float[Array, "B *T X"]:
     """Turns logits into the probabilities to sample from.
 
     Order: temperature -> top-k -> top-p -> min-p, that of Hugging Face `generate` (vLLM too tempers
@@ -104,6 +106,8 @@ def distribution(logits: Float[Array, "B *T X"], params: SamplingParams) -> Floa
         logits: [B, X] or [B, T, X], any float; -inf forbids a token, one logit of a row must be
             finite. NaN and +inf give NaN.
         params: per-row parameters, shared by the T positions of the row.
+        truncate: static: whether any row may use top-k or top-p. None finds out at run time, which
+            makes a GPU wait for the host.
 
     Returns:
         Probabilities in fp32 (fp64 for fp64 logits) that sum to 1; what was cut is exactly 0.
@@ -122,8 +126,8 @@ def distribution(logits: Float[Array, "B *T X"], params: SamplingParams) -> Floa
     top_k, top_p = per_row(params.top_k), per_row(params.top_p)
     top_k = jnp.where(greedy | (top_k <= 0), vocab, jnp.minimum(top_k, vocab))
     top_p = jnp.where(greedy, 1, top_p)
-    keep = jax.lax.cond(
-        jnp.any(top_k < vocab) | jnp.any(top_p < 1),
+    keep = _if_any(
+        (top_k < vocab) | (top_p < 1) if truncate is None else truncate,
         lambda: _top_k_top_p_mask(logits, weights, top_k, top_p),
         lambda: jnp.ones(logits.shape, bool),
     )
@@ -132,6 +136,14 @@ def distribution(logits: Float[Array, "B *T X"], params: SamplingParams) -> Floa
     probs = weights / jnp.sum(weights, axis=-1, keepdims=True)
     best = jax.nn.one_hot(jnp.argmax(logits, axis=-1), vocab, dtype=probs.dtype)
     return jnp.where(greedy, best, probs)
+
+
+def _if_any(
+    asked: Array | bool, then: Callable[[], Array], otherwise: Callable[[], Array]
+) -> Array:
+    if isinstance(asked, bool):
+        return then() if asked else otherwise()
+    return jax.lax.cond(jnp.any(asked), then, otherwise)
 
 
 def _top_k_top_p_mask(logits: Array, weights: Array, top_k: Array, top_p: Array) -> Array:

@@ -44,6 +44,7 @@ from dskjax.params import Params
 NO_THINKING = ThinkIds(None, None)
 """A tokenizer without thinking tags."""
 
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeConfig:
     """Static choices of a decode step; each value compiles its own program.
@@ -53,13 +54,20 @@ class DecodeConfig:
         rules: names of the acceptance rules that rows may use.
         think: ids that open and close a thinking section.
         synthetic: simulated acceptance, for benchmarks; the text then means nothing.
+        truncate: whether rows may use top-k or top-p; None finds out at run time.
+        extras: whether rows may use penalties, biases, min_length and log-probabilities.
         impl: implementation of every op.
+
+    What is found out at run time is a branch, and at a branch a GPU waits for the host: a server
+    compiles steps without branches beside one that has them all.
     """
 
     spec: DraftSpec
     rules: tuple[str, ...]
     think: ThinkIds = NO_THINKING
     synthetic: SyntheticAcceptance | None = None
+    truncate: bool | None = None
+    extras: bool = True
     impl: str = "auto"
 
     @classmethod
@@ -223,7 +231,7 @@ def _accept_and_draft(
     with jax.named_scope("accept"):
         raw = head(params, hidden, cfg=cfg)
         logits = raw
-        if options.logits is not None:
+        if options.logits is not None and config.extras:
             assert state.said is not None
             logits = adjust(
                 raw,
@@ -235,7 +243,7 @@ def _accept_and_draft(
                 options.stop_ids,
             )
         uniforms = step_uniforms(options.sampling.seed, rows.length + 1, m)
-        probs = distribution(logits, options.sampling)
+        probs = distribution(logits, options.sampling, config.truncate)
         thinking = state.thinking[slots]
         if config.synthetic is not None:
             ruled = accept_synthetic(
@@ -267,7 +275,7 @@ def _accept_and_draft(
     tokens_all = jnp.concatenate([state.token_tail[slots], kept.tokens], axis=1)
     window = Window(hidden_all, tokens_all, spec.tail + newest, jnp.where(going, rows.end, 0))
 
-    def draw(depth: jax.Array, entropy: jax.Array) -> typing.Any:
+    def draw(depth: jax.Array | int, entropy: jax.Array) -> typing.Any:
         return draft_sampling(options.rules, options.sampling, depth, entropy, decode.draft_scale)
 
     drafts, cache = propose(
@@ -279,6 +287,7 @@ def _accept_and_draft(
         step_uniforms(options.sampling.seed, length + 1, m).draft,
         cfg=cfg,
         spec=spec,
+        truncate=config.truncate,
         impl=config.impl,
     )
     allowed = jnp.arange(m) < options.draft_limit[:, None]
@@ -289,7 +298,7 @@ def _accept_and_draft(
         draft_probs = draft_probs.at[target, :m].set(drafts.probs, mode="drop")
     unused = state.drafts.shape[1] - m
     said, found = state.said, None
-    if options.logits is not None:
+    if options.logits is not None and config.extras:
         assert said is not None
         said = count_said(said, options.logits, target, kept.tokens, count)
         found = logprobs(raw, kept.tokens, options.logits.logprobs & active)
@@ -332,6 +341,8 @@ def _put_at(target: jax.Array) -> typing.Any:
 
 
 def _ties(logits: jax.Array, temperature: jax.Array, count: jax.Array) -> jax.Array:
-    best = jax.lax.top_k(logits, 2)[0]
-    close = (best[..., 0] - best[..., 1] < TIE_GAP) & (temperature == 0)[:, None]
+    best = jnp.max(logits, axis=-1, keepdims=True)
+    first = jnp.arange(logits.shape[-1]) == jnp.argmax(logits, axis=-1)[..., None]
+    second = jnp.max(jnp.where(first, -jnp.inf, logits), axis=-1)
+    close = (best[..., 0] - second < TIE_GAP) & (temperature == 0)[:, None]
     return (close & (jnp.arange(logits.shape[1]) < count[:, None])).sum(axis=1).astype(jnp.int32)

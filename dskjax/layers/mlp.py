@@ -1,17 +1,9 @@
 """SwiGLU: down(silu(gate x) * up x). Dense layers and shared experts."""
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dskjax.params import Module, weight
-from pallas_kernels import matmul
-
-
-def swiglu(gate_up: Float[Array, "T 2 F"]) -> Float[Array, "T F"]:
-    """silu(gate) * up in fp32, returned in the input's dtype."""
-    gate, up = gate_up[:, 0].astype(jnp.float32), gate_up[:, 1].astype(jnp.float32)
-    return (jax.nn.silu(gate) * up).astype(gate_up.dtype)
+from pallas_kernels import matmul, swiglu
 
 
 class SwiGlu(Module):

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dskjax.config import MoeConfig
-from dskjax.layers.mlp import SwiGlu, swiglu
+from dskjax.layers.mlp import SwiGlu
 from dskjax.params import Module, weight
-from pallas_kernels import grouped_matmul, route
+from pallas_kernels import expert_mlp, route
 
 
 class Gate(Module):
@@ -43,38 +43,8 @@ class Gate(Module):
         )
 
 
-@jax.custom_vjp
-def _copies(x: jax.Array, order: jax.Array, back: jax.Array) -> jax.Array:
-    """Rows of x, each as often as `order` is longer than x, in that order; backwards a sum."""
-    return x[order // (order.shape[0] // x.shape[0])]
-
-
-def _copies_backward(
-    saved: tuple[jax.Array, jax.Array], grad: jax.Array
-) -> tuple[jax.Array, None, None]:
-    x, back = saved
-    grad_tkd = grad[back].reshape(x.shape[0], -1, x.shape[1])
-    return grad_tkd.astype(jnp.float32).sum(axis=1).astype(x.dtype), None, None
-
-
-_copies.defvjp(lambda x, order, back: (_copies(x, order, back), (x, back)), _copies_backward)
-
-
-@jax.custom_vjp
-def _reorder(x: jax.Array, order: jax.Array, back: jax.Array) -> jax.Array:
-    """x[order], where `back` undoes `order`."""
-    return x[order]
-
-
-_reorder.defvjp(
-    lambda x, order, back: (x[order], back), lambda back, grad: (grad[back], None, None)
-)
-
-
 class Experts(Module):
-    """The routed experts: rows sorted by expert, two grouped products, and an fp32 weighted sum per
-    token.
-    """
+    """The routed experts, their gate and up as one weight; how rows reach them is the op's."""
 
     def __init__(self, hidden_size: int, moe: MoeConfig):
         experts, width = moe.n_routed_experts, moe.moe_intermediate_size
@@ -92,20 +62,8 @@ class Experts(Module):
         impl: str,
     ) -> Float[Array, "T D"]:
         """Weighted sum of each row's experts."""
-        tokens, per_token = experts.shape
-        flat = experts.reshape(-1)
-        order = jnp.argsort(flat, stable=True)
-        back = jnp.argsort(order)  # where each (token, k) went
-        # A comparison, not a bincount: no scatter of a whole batch into a few bins.
-        is_of_expert = flat[:, None] == jnp.arange(self.down_proj[...].shape[0])
-        sizes = is_of_expert.sum(axis=0, dtype=jnp.int32)
-        rows_md = _copies(x, order, back)
-        hidden = swiglu(grouped_matmul(rows_md, self.gate_up_proj[...], sizes, impl=impl))
-        out_md = grouped_matmul(hidden, self.down_proj[...], sizes, impl=impl)
-        out_tkd = _reorder(out_md, back, order).reshape(tokens, per_token, -1).astype(jnp.float32)
-        return jnp.einsum(
-            "tkd,tk->td", out_tkd, weights.astype(jnp.float32), precision="highest"
-        ).astype(x.dtype)
+        gate_up, down = self.gate_up_proj[...], self.down_proj[...]
+        return expert_mlp(x, weights, experts, gate_up, down, impl=impl)
 
 
 class Moe(Module):

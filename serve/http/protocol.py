@@ -36,11 +36,6 @@ def timed_protocol(header_timeout: float, write_timeout: float) -> type[H11Proto
             else:
                 self._reading.stop()
 
-        def on_response_complete(self) -> None:
-            super().on_response_complete()
-            if self._awaits_rest():
-                self._reading.start()
-
         def pause_writing(self) -> None:
             super().pause_writing()
             self._writing.start()
@@ -50,7 +45,10 @@ def timed_protocol(header_timeout: float, write_timeout: float) -> type[H11Proto
             self._writing.stop()
 
         def _awaits_rest(self) -> bool:
-            """Part of a request is here, and nothing but this class waits for the rest."""
+            """Part of a request is here, and nobody waits for the rest.
+
+            While nothing comes after an answer, uvicorn's keep-alive timer runs instead.
+            """
             theirs = self.conn.their_state
             if theirs is h11.IDLE:
                 return bool(self.conn.trailing_data[0])

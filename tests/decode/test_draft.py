@@ -18,7 +18,7 @@ from dskjax.decode.slots import RowOptions
 from dskjax.decode.step import DecodeConfig, step
 from dskjax.layers.rope import rope_tables
 from dskjax.mtp import MtpModule
-from dskjax.params import bind
+from dskjax.params import bind, unstack
 from tests.decode.toy import PROMPTS, toy
 
 STEPS = 6
@@ -81,7 +81,7 @@ def _rows(params, cfg):
     return _COMPILED.setdefault(("rows", cfg), jax.jit(run))
 
 
-def check(modules, drafts, pause=-1):
+def check(modules, drafts, pause=-1, unroll=False):
     """Runs decode steps and compares all drafts on the table after each of them; step `pause` runs
     without drafts.
     """
@@ -94,6 +94,7 @@ def check(modules, drafts, pause=-1):
     state, rows = prefill_prompts(
         params, cfg, PROMPTS, config, options, max_tokens=30, page_size=5, chunk=8
     )
+    served = unstack(params) if unroll else params
     fewest = config.fewer(0)  # a step that drafts nothing must keep the modules' rows all the same
     run = {c: jax.jit(functools.partial(step, cfg=cfg, config=c)) for c in (config, fewest)}
     known, lengths, compared = [list(p) for p in PROMPTS], set(), 0
@@ -105,7 +106,7 @@ def check(modules, drafts, pause=-1):
             else:
                 assert found == expected(params, cfg, tokens, drafts), f"after {tokens}"
                 compared += 1
-        state, out = run[fewest if number == pause else config](params, state, rows, None)
+        state, out = run[fewest if number == pause else config](served, state, rows, None)
         for index, tokens in enumerate(known):
             count = int(out.count[index])
             lengths.add(count)
@@ -117,6 +118,11 @@ def check(modules, drafts, pause=-1):
 @pytest.mark.parametrize(("modules", "drafts"), [(1, 1), (1, 3), (3, 3), (3, 2)])
 def test_drafts_are_those_of_the_definition(modules, drafts):
     check(modules, drafts)
+
+
+@pytest.mark.parametrize(("modules", "drafts"), [(1, 3), (3, 3)])
+def test_unstacked_weights_draft_the_same(modules, drafts):
+    check(modules, drafts, pause=3, unroll=True)
 
 
 @pytest.mark.parametrize(("modules", "drafts"), [(1, 2), (3, 3)])

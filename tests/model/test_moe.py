@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from dskjax.layers import moe as layer
-from dskjax.layers.mlp import SwiGlu, swiglu
+from dskjax.layers.mlp import SwiGlu
 from dskjax.layers.moe import Experts, Moe
 from dskjax.layers.norm import RmsNorm
 from dskjax.params import bind
+from pallas_kernels import swiglu
 from pallas_kernels.testing import assert_close, assert_equal, jit
 from tests.model.common import tiny
 from tests.oracles import deepseek

@@ -1,0 +1,113 @@
+"""`expert_mlp`: every implementation and every number of rows against a float64 oracle."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import QTensor, expert_mlp
+from pallas_kernels.expert_mlp import api, cases, xla
+from pallas_kernels.testing import assert_close, call, distinct
+from tests.oracles import formats
+from tests.tolerances import OP
+
+IMPLS = distinct(api.IMPLEMENTATIONS)
+CASES = {case.name: case for case in cases.CASES}
+
+
+@functools.cache
+def op_of(impl):
+    return functools.partial(expert_mlp, impl=impl)
+
+
+def real(w):
+    """float64 values of a weight, an array or quantized."""
+    if not isinstance(w, QTensor):
+        return np.float64(w)
+    return formats.dequantise(np.asarray(w.values), np.asarray(w.scales), w.block, w.format)
+
+
+def oracle(x, weights, experts, gate_up, down):
+    x, gate_up, down = np.float64(x), real(gate_up), real(down)
+    out = np.zeros_like(x)
+    for t, row in enumerate(x):
+        for weight, e in zip(np.float64(weights[t]), np.asarray(experts[t]), strict=True):
+            gate, up = gate_up[e] @ row
+            out[t] += weight * (down[e] @ (gate / (1 + np.exp(-gate)) * up))
+    return out
+
+
+def check(op, case, seed=0, poison=True):
+    args = case.make(seed, poison=poison)
+    out = call(op, args)
+    assert out.dtype == args["x"].dtype
+    assert_close(out, oracle(**args), OP[case.dtype])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("case", cases.CI, ids=str)
+def test_matches_oracle(impl, case):
+    check(op_of(impl), case)
+
+
+@settings(max_examples=10)
+@given(seed=st.integers(0, 2**16))
+def test_implementations_agree_whatever_the_routing(seed):
+    for name in ("by pair", "few"):
+        args = CASES[name].make(seed)
+        assert_close(call(op_of("xla"), args), call(op_of("reference"), args), OP["float32"])
+
+
+@pytest.mark.parametrize("name", ["by pair", "few"])
+def test_gradients_agree(name):
+    args = CASES[name].make(0)
+
+    def grads(impl):
+        def loss(x, gate_up, down, weights):
+            out = expert_mlp(x, weights, args["experts"], gate_up, down, impl=impl)
+            return jnp.sum(jnp.sin(out))
+
+        parts = (args["x"], args["gate_up"], args["down"], args["weights"])
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*parts)
+
+    for mine, want in zip(grads("xla"), grads("reference"), strict=True):
+        assert_close(mine, want, OP["float32"])
+
+
+def test_a_row_does_not_see_other_rows():
+    args = CASES["few"].make(0)
+    out = call(op_of("xla"), args)
+    args["x"] = args["x"].at[3].set(jnp.nan)
+    other = np.asarray(call(op_of("xla"), args))
+    keep = np.arange(len(other)) != 3
+    assert np.array_equal(np.asarray(out)[keep], other[keep])
+
+
+MISTAKES = {
+    "weights of the wrong expert": lambda args: args | {"weights": args["weights"][:, ::-1]},
+    "expert off by one": lambda args: args | {"experts": args["experts"] ^ 1},
+}
+
+
+@pytest.mark.parametrize("mistake", sorted(MISTAKES))
+@pytest.mark.parametrize("name", ["by pair", "few", "many"])
+def test_suite_sees(mistake, name):
+    def broken(**args):
+        return expert_mlp(**MISTAKES[mistake](args), impl="xla")
+
+    with pytest.raises(AssertionError):
+        check(broken, CASES[name], poison=False)
+
+
+def test_suite_sees_unchosen_experts_leak(monkeypatch):
+    def leaky(x, weights, experts, gate_up, down):
+        out_etd = jnp.einsum("etf,edf->etd", jnp.ones((8, 7, 16)), down)
+        return jnp.einsum("etd,et->td", out_etd, jnp.zeros((8, 7)))
+
+    monkeypatch.setattr(xla, "_every_expert", leaky)
+    with pytest.raises(AssertionError):
+        check(functools.partial(expert_mlp, impl="xla"), CASES["few"])
