@@ -191,9 +191,7 @@ def measure(rows: int, steps: int) -> dict[str, list[float]]:
     )
     for i in range(rows):
         prompt = random.integers(2, 1000, 100 + i % 28).tolist()
-        request = Request(
-            str(i), prompt, stop=options.stop, accept=RULE, arrival=time.monotonic()
-        )
+        request = Request(str(i), prompt, stop=options.stop, accept=RULE, arrival=time.monotonic())
         answer = AnswerText(tokenizer, options, request)
         output.add(request, answer, pieces.append, loop=loop)
         engine.submit(request)

@@ -10,7 +10,9 @@ which layout wins depends on it.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
+import functools
 import json
 import platform
 import queue
@@ -81,6 +83,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--stacked", action="store_true", help="scan over stacked weights")
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS))
+    parser.add_argument("--few-buckets", action="store_true")
+    parser.add_argument("--layerwise-from", type=int, default=8192)
     parser.add_argument("--append", action="store_true", help="keep the runs that --out has")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -107,6 +111,8 @@ def main() -> None:
         mixed=False,
         unroll=not args.stacked,
         extras=False,
+        few_buckets=args.few_buckets,
+        layerwise_from=args.layerwise_from,
     )
     result: dict[str, Any] = {
         "devices": [device.device_kind for device in jax.devices()[:2]],
@@ -146,10 +152,11 @@ class Bench:
             moves = {p.name: mover(p.sharding) for p in placements}
             self.wire = LocalTransport(moves)
         begun = time.monotonic()
-        engines = [
-            build_engine(served, config, p, post=mailbox.post, transport=self.wire)
-            for p in placements
-        ]
+        build = functools.partial(
+            build_engine, served, config, post=mailbox.post, transport=self.wire
+        )
+        with concurrent.futures.ThreadPoolExecutor(len(placements)) as pool:
+            engines = list(pool.map(build, placements))
         print(f"{roles}: started in {time.monotonic() - begun:.1f} s", flush=True)
         limits = CoordinatorConfig(
             max_queue=100000, layerwise_tokens=config.layerwise_from, local_prefill_tokens=0
@@ -244,7 +251,7 @@ def figures(timings: Sequence[Timing], args: argparse.Namespace) -> dict[str, An
     ttft, tpot = np.array([t.first for t in timings]), np.array([t.tpot for t in timings])
     span = args.seconds
     limits = [5, 10, 15, 20, 25, 30, 40, 50, 75, 100, 150, 200]
-    good = {ms: float(((tpot < ms / 1e3) & (ttft < 2.0)).sum() / span) for ms in limits}
+    good = {str(ms): float(((tpot < ms / 1e3) & (ttft < 2.0)).sum() / span) for ms in limits}
     percentiles = {
         name: {f"p{p}": float(np.percentile(values, p)) for p in (50, 90, 99)}
         for name, values in (("ttft_s", ttft), ("tpot_s", tpot))
@@ -270,9 +277,9 @@ def write(result: dict[str, Any], out: Path) -> None:
     figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
     for layout in dict.fromkeys(run["layout"] for run in result["runs"]):
         runs = [run for run in result["runs"] if run["layout"] == layout]
-        limits = [int(ms) for ms in runs[0]["goodput_per_s_by_tpot_ms"]]
+        limits = list(runs[0]["goodput_per_s_by_tpot_ms"])
         best = [max(run["goodput_per_s_by_tpot_ms"][ms] for run in runs) for ms in limits]
-        axis.plot(limits, best, marker="o", label=layout)
+        axis.plot([int(ms) for ms in limits], best, marker="o", label=layout)
     axis.set(
         xlabel="limit of TPOT, ms (TTFT < 2 s)",
         ylabel="goodput, requests/s (best rate)",

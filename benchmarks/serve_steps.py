@@ -73,6 +73,8 @@ def main() -> None:
         accept=RuleOptions(name="rejection"),
         rules=("strict", "rejection"),
         unroll=not args.stacked,
+        extras=False,
+        few_buckets=True,
     )
     times, events = Times(args.batch), queue.SimpleQueue()
     engine = build_engine(

@@ -6,7 +6,7 @@ HTTP knows nothing of engines and engines nothing of text; `serve.service.Servic
 
 import dataclasses
 from collections.abc import AsyncIterator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from dskjax.decode.rules import RuleOptions
 from dskjax.tokenizer import Tokenizer
@@ -111,6 +111,7 @@ class Output:
     usage: Usage | None = None
 
 
+@runtime_checkable
 class TextService(Protocol):
     """What HTTP needs.
 

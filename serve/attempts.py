@@ -3,13 +3,13 @@
 import dataclasses
 import enum
 from collections import deque
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple
 
 from serve.engine_api import EngineHandle, Role
 from serve.request import FinishReason, Request
 from serve.router import Assigned, EngineView
-from serve.transfer.transport import Mode, Ticket, attempt_id
+from serve.transfer.transport import Mode, Progress, Ticket, Timeline, attempt_id
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,6 +97,29 @@ class Summary(NamedTuple):
     mode: Mode | None
     finish: FinishReason
     message: str
+
+
+TransferResult = Literal["success", "failed", "cancelled"]
+"""Decoded on; given up, to be tried again or not; no longer wanted."""
+
+
+class TransferEnd(NamedTuple):
+    """A transfer that is over and about to be forgotten.
+
+    Attributes:
+        ticket: of the attempt.
+        result: of the attempt, up to where the target decodes on.
+        progress, timeline: what the transport has of it.
+    """
+
+    ticket: Ticket
+    result: TransferResult
+    progress: Progress
+    timeline: Timeline
+
+
+OnTransfer = Callable[[TransferEnd], None]
+"""Told once of each transfer; called from the coordinator's thread, must not block."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -253,6 +276,15 @@ class Books:
             if attempt.prefill in queued:
                 queued[attempt.prefill] += attempt.pending
         return queued
+
+    def stop_decoding(self, attempt: Attempt, reason: FinishReason) -> None:
+        """Ends an attempt whose engine has everything, and needs nothing from others any more."""
+        del self.attempts[attempt.id]
+        engine = self.engines[attempt.decode]
+        if reason is FinishReason.ABORT:
+            engine.abort(attempt.id)
+        else:
+            engine.finish(attempt.id, reason)
 
     def depending_on(self, engine: str) -> list[Attempt]:
         """Attempts that cannot go on without an engine."""

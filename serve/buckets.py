@@ -106,7 +106,7 @@ class Buckets:
         has.
         """
         steps = 1 if few else 4
-        kinds = (Variant.FULL if extras else Variant.TRUNCATED,) if few else tuple(Variant)
+        kinds = (Variant.FULL,) if few and extras else tuple(Variant)
         short = max(chunk // 4, 1)
         shapes = ((1, chunk), (4, short)) if chunk >= 16 else ((1, chunk),)
         return cls(

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from serve.attempts import CoordinatorConfig, Summary
+from serve.attempts import CoordinatorConfig, OnTransfer, Summary
 from serve.backend import Sink
 from serve.engine_api import EngineEvent, EngineHandle, Role
 from serve.errors import OverloadedError, UnavailableError
@@ -54,6 +54,7 @@ class Coordinator:
         transport: between them; None without prefill engines. Ended by `stop`.
         router: chooses engines; None is remaining-slots.
         config: limits.
+        on_transfer: told of every transfer that ended.
         clock: seconds; the one that `Request.arrival` is read from.
         tick: seconds between two looks at deadlines.
 
@@ -69,6 +70,7 @@ class Coordinator:
         transport: KVTransport | None = None,
         router: Router | None = None,
         config: CoordinatorConfig | None = None,
+        on_transfer: OnTransfer | None = None,
         clock: Callable[[], float] = time.monotonic,
         tick: float = 0.02,
     ):
@@ -84,7 +86,12 @@ class Coordinator:
         self._failed = False
         self._thread = threading.Thread(target=self._run, name="serve-coordinator", daemon=True)
         self.lifecycle = Lifecycle(
-            self._engines, transport, router or Router(), self._config, self._to_sink
+            self._engines,
+            transport,
+            router or Router(),
+            self._config,
+            self._to_sink,
+            on_transfer,
         )
         if transport is not None:
             transport.notify = self._on_transfer

@@ -95,11 +95,12 @@ class Engine:
         self._post, self._observer, self._clock = post, observer or Observer(), clock
         self._inbox: collections.deque[Callable[[], None]] = collections.deque()
         self._wake = threading.Condition()
-        self._stopping = False
+        self._stopping = self._over = False
         self._ready = False
         self._launched: collections.deque[Launched] = collections.deque()
         self._untold: list[TokenEvent] = []
         self._tpot = 0.0
+        self._fetched = 0.0
         self._load_at = -1.0
         self._load = self._snapshot()
         self._thread = threading.Thread(target=self._main, name=f"engine-{name}", daemon=True)
@@ -123,7 +124,8 @@ class Engine:
         """
         self._stopping = True
         self._do(lambda: None)
-        self._thread.join(timeout)
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
         if self._thread.is_alive():
             raise TimeoutError(f"engine {self.name} is still in a step after {timeout} s")
 
@@ -182,16 +184,10 @@ class Engine:
                 return
             if request.status in (Status.HELD, Status.RECEIVING):
                 self.scheduler.release(request_id, failed=failed)
-            else:
-                self.scheduler.abort(request_id)
+            else:  # what a prefill engine has, it has computed itself
+                self.scheduler.abort(request_id, spoiled=failed and not request.prefill_only)
 
         self._do(release)
-
-    def cancel_prefill(self, request_id: str) -> None:
-        """See `serve.engine_api.EngineHandle`. What was extracted is a copy, so the pages may go
-        back at once.
-        """
-        self.release(request_id, failed=True)
 
     def abort(self, request_id: str) -> None:
         """See `serve.engine_api.EngineHandle`."""
@@ -203,8 +199,9 @@ class Engine:
 
     def _do(self, command: Callable[[], Any]) -> None:
         with self._wake:
-            self._inbox.append(command)
-            self._wake.notify()
+            if not self._over:  # else nobody will ever look
+                self._inbox.append(command)
+                self._wake.notify()
 
     # ---- the engine's thread
 
@@ -216,10 +213,15 @@ class Engine:
             while not self._stopping:
                 self._turn()
         except Exception as error:  # whatever it was, nobody may wait for this engine any more
-            self._ready = False
+            self._close()
             trace = "".join(traceback.format_exception(error))
             self._post(EngineFailed(self.name, f"{type(error).__name__}: {error}\n{trace}"))
-        self._ready = False
+        self._close()
+
+    def _close(self) -> None:
+        with self._wake:
+            self._ready, self._over = False, True
+            self._inbox.clear()
 
     def _turn(self) -> None:
         """One iteration: commands, a launch, and the result of the launch before."""
@@ -263,6 +265,9 @@ class Engine:
         result = self._runner.fetch(pending)
         fetched = self._clock()
         self._untold = self.scheduler.apply(plan, result, fetched)
+        # Steps overlap: this one had the device to itself from the result of the one before.
+        self.scheduler.observe(plan, result, fetched - max(launched, self._fetched))
+        self._fetched = fetched
         if len(result.count) and (emitted := int(result.count.sum())):
             tpot = (fetched - launched) * len(result.count) / emitted
             self._tpot += 0.1 * (tpot - self._tpot) if self._tpot else tpot

@@ -10,13 +10,15 @@ import numpy as np
 from prometheus_client import Counter, Gauge
 
 TransferMode = Literal["layerwise", "whole", "merged"]
-"""Layer by layer during prefill, as a whole after it, or merged into a local prefill."""
+"""Layer by layer during prefill, as a whole after it, or in packets shared with other requests'."""
 Role = Literal["both", "prefill", "decode"]
 """What an engine does."""
 
 
 class EngineMetrics:
-    """The metrics of one engine, for its thread: a few calls a step. Made by `Metrics.engine`.
+    """The metrics of one engine: a few calls a step. Made by `Metrics.engine`.
+
+    For the engine's thread; of transfers, one other thread tells.
 
     Args:
         series: what to count in, by metric and labels beside those of the model and the engine.
@@ -123,8 +125,8 @@ class EngineMetrics:
 
         Args:
             mode: how.
-            seconds: from its first byte to its last.
-            hidden_seconds: how much of that the prefill went on for.
+            seconds: that its parts took on the wire.
+            hidden_seconds: how many of them went by while the prefill went on.
             size: bytes.
         """
         self._transfer.observe(seconds)

@@ -21,8 +21,11 @@ from serve.attempts import (
     Attempt,
     Books,
     CoordinatorConfig,
+    OnTransfer,
     Phase,
     Record,
+    TransferEnd,
+    TransferResult,
     copy_back,
     copy_request,
     why_late,
@@ -43,7 +46,7 @@ from serve.plan import TokenEvent
 from serve.request import FinishReason, Request
 from serve.router import Router
 from serve.transfer.states import TransferState
-from serve.transfer.transport import Endpoint, IncompatibleError, KVTransport, Progress
+from serve.transfer.transport import Endpoint, IncompatibleError, KVTransport, Progress, Ticket
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +60,7 @@ class Lifecycle:
         router: chooses engines.
         config: limits.
         sink: takes the events for clients, those of a request in order.
+        on_transfer: told of every transfer that ended.
 
     Attributes:
         remaining: of each decoding engine, `Router.remaining` at most a second ago; replaced, never
@@ -74,6 +78,7 @@ class Lifecycle:
         router: Router,
         config: CoordinatorConfig,
         sink: Callable[[list[TokenEvent]], None],
+        on_transfer: OnTransfer | None = None,
     ):
         self.split = connect(engines, transport)
         self.books = Books({engine.name: engine for engine in engines})
@@ -83,7 +88,7 @@ class Lifecycle:
         self.remaining: dict[str, float] = {}
         self._admission = Admission(self.books, router, config, self.split)
         self._maybe_transport = transport
-        self._sink = sink
+        self._sink, self._on_transfer = sink, on_transfer or (lambda end: None)
         self._out: list[TokenEvent] = []
         self._order = itertools.count()
         self._heartbeat_at = self._measure_at = 0.0
@@ -133,7 +138,7 @@ class Lifecycle:
         attempt = record.attempt
         self._close(record, reason)
         if attempt is not None and record.phase is Phase.DECODE:
-            self._stop_decoding(attempt, reason)
+            self.books.stop_decoding(attempt, reason)
         elif attempt is not None:
             self._give_up(attempt, failed=False)
         self._start()
@@ -295,7 +300,7 @@ class Lifecycle:
         record.tokens_transferred += ticket.tokens - ticket.skip_tokens
         self.books.engines[attempt.decode].activate(attempt.id, tokens)
         self.books.engines[attempt.prefill].release(attempt.id, failed=False)
-        self.transport.close(attempt.id)
+        self._forget(ticket, "success")
         self._wait(record, Phase.DECODE, self.config.stall_timeout)
 
     def _on_tokens(self, event: Tokens) -> None:
@@ -348,17 +353,9 @@ class Lifecycle:
             record.queued_until = self.now + self.config.queue_timeout
             self._queue(record)
         if decoding:
-            self._stop_decoding(attempt, FinishReason.ABORT)
+            self.books.stop_decoding(attempt, FinishReason.ABORT)
         else:
             self._give_up(attempt, failed=True)
-
-    def _stop_decoding(self, attempt: Attempt, reason: FinishReason) -> None:
-        del self.books.attempts[attempt.id]
-        engine = self.books.engines[attempt.decode]
-        if reason is FinishReason.ABORT:
-            engine.abort(attempt.id)
-        else:
-            engine.finish(attempt.id, reason)
 
     def _give_up(self, attempt: Attempt, failed: bool) -> None:
         """Ends an attempt that does not decode; its pages go back when nobody uses them."""
@@ -377,9 +374,15 @@ class Lifecycle:
         """
         del self.books.attempts[attempt.id]
         if attempt.ticket is not None:
-            self.transport.close(attempt.id)
+            self._forget(attempt.ticket, "failed" if attempt.failed else "cancelled")
             self.books.engines[attempt.prefill].release(attempt.id, attempt.failed)
         self.books.engines[attempt.decode].release(attempt.id, True)
+
+    def _forget(self, ticket: Ticket, result: TransferResult) -> None:
+        """Tells of a transfer that is over, and closes it."""
+        id, transport = ticket.transfer_id, self.transport
+        self._on_transfer(TransferEnd(ticket, result, transport.poll(id), transport.timeline(id)))
+        transport.close(id)
 
     def _error(self, record: Record, message: str) -> None:
         self._out.append(TokenEvent(record.request, [], FinishReason.ERROR, message=message))

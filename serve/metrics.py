@@ -24,7 +24,7 @@ are exposed with the suffix `_total`.
 | dummy_steps | counter | engine | steps without a request, to keep in step with others |
 | compile_count_after_warmup | counter | engine | compilations that made a request wait |
 | startup_time_seconds | gauge | engine | until it was warmed up |
-| kv_transfer_latency_seconds | histogram | engine | of one request's cache, start to end |
+| kv_transfer_latency_seconds | histogram | engine | of one request's cache on the wire |
 | kv_transfer_bytes | counter | engine | received |
 | kv_transfer_failed | counter | engine | transfers given up |
 | transfer_mode | counter | engine, mode | transfers: layerwise, whole or merged |
@@ -90,7 +90,7 @@ FAMILIES: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("dummy_steps", "counter", _ENGINE, "steps without a request, to keep in step with others"),
     ("compile_count_after_warmup", "counter", _ENGINE, "compilations that made a request wait"),
     ("startup_time_seconds", "gauge", _ENGINE, "until it was warmed up"),
-    ("kv_transfer_latency_seconds", "histogram", _ENGINE, "of one request's cache, start to end"),
+    ("kv_transfer_latency_seconds", "histogram", _ENGINE, "of one request's cache on the wire"),
     ("kv_transfer_bytes", "counter", _ENGINE, "received"),
     ("kv_transfer_failed", "counter", _ENGINE, "transfers given up"),
     ("transfer_mode", "counter", (*_ENGINE, "mode"), "transfers: layerwise, whole or merged"),

@@ -1,15 +1,17 @@
-"""From an engine's steps and snapshots to its metrics."""
+"""From an engine's steps and snapshots, and from transfers that ended, to metrics."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from dskjax.decode.rules import RuleOptions
+from serve.attempts import TransferEnd
 from serve.engine import Engine, Observer
-from serve.engine_metrics import EngineMetrics
+from serve.engine_metrics import EngineMetrics, TransferMode
 from serve.plan import StepPlan, StepResult
 from serve.request import Request
+from serve.transfer.transport import Mode, Ticket, Timeline
 
 
 class EngineObserver(Observer):
@@ -19,7 +21,7 @@ class EngineObserver(Observer):
         metrics: of the engine.
         accept: rule of requests that name none.
         compiled: programs compiled since the warm-up, in this process.
-        remaining: more requests that would fit into an engine.
+        remaining: more requests that would fit into an engine; None if that is not known.
     """
 
     def __init__(
@@ -28,7 +30,7 @@ class EngineObserver(Observer):
         accept: RuleOptions,
         *,
         compiled: Callable[[], int] | None = None,
-        remaining: Callable[[Any], int] | None = None,
+        remaining: Callable[[Any], int | None] | None = None,
     ):
         self._metrics, self._accept = metrics, accept
         self._compiled, self._remaining = compiled, remaining
@@ -78,3 +80,36 @@ class EngineObserver(Observer):
     def _new(self, name: str, total: int) -> int:
         new, self._seen[name] = total - self._seen[name], total
         return new
+
+
+class TransferObserver:
+    """Counts transfers at the engines that they went to; a `serve.attempts.OnTransfer`.
+
+    Those that nobody wanted any more count neither as successes nor as failures.
+
+    Args:
+        metrics: of every engine, by name.
+    """
+
+    def __init__(self, metrics: Mapping[str, EngineMetrics]):
+        self._metrics = metrics
+
+    def __call__(self, end: TransferEnd) -> None:
+        """A transfer ended."""
+        metrics, line = self._metrics[end.ticket.target], end.timeline
+        if end.result == "failed":
+            metrics.transfer_failed()
+        elif end.result == "success":
+            metrics.transferred(
+                transfer_mode(end.ticket, line),
+                seconds=line.alone,
+                hidden_seconds=min(max(line.overlap or 0.0, 0.0), 1.0) * line.alone,
+                size=end.progress.nbytes,
+            )
+
+
+def transfer_mode(ticket: Ticket, line: Timeline) -> TransferMode:
+    """How a transfer went; layer by layer even if some of its parts shared packets."""
+    if ticket.mode is Mode.LAYERWISE:
+        return "layerwise"
+    return "merged" if line.merged else "whole"

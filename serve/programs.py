@@ -115,7 +115,7 @@ class Programs:
         ]
         todo.append(("admission", self._lower_admit, functools.partial(setattr, self, "admit")))
         todo.append(("penalties", self._lower_said, functools.partial(setattr, self, "set_said")))
-        workers = max(1, min(8, os.cpu_count() or 1))
+        workers = max(1, min(16, os.cpu_count() or 1))
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
             running = {pool.submit(lower().compile): (name, keep) for name, lower, keep in todo}
             for done, future in enumerate(concurrent.futures.as_completed(running), start=1):

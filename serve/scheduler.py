@@ -63,6 +63,7 @@ class Scheduler:
         self.config = config
         self.blocks = blocks
         self._residents = Residents(config, blocks)
+        self._drafting = drafting
         self._planner = Planner(config, self._residents, drafting)
         self._results = Results(config, self._residents, eos_ids)
         self._table = self._residents.table
@@ -315,6 +316,22 @@ class Scheduler:
         assert plan.number == self._applied, (plan.number, self._applied)
         self._applied += 1
         return self._results.apply(plan, result, now)
+
+    def observe(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
+        """Tells whoever picks the drafts what an applied step took and brought.
+
+        Steps with prompt rows are left out: their time says nothing about drafts.
+
+        Args:
+            plan: the step.
+            result: what it did.
+            seconds: from the result before it to its own, or from its launch if that was later.
+        """
+        drafting = self._drafting
+        if drafting is None or len(drafting.ladder) == 1 or plan.chunks or not plan.requests:
+            return
+        accepted, offered = int(result.accepted.sum()), int(result.offered.sum())
+        drafting.observe(len(plan.requests), plan.drafts, seconds, accepted, offered)
 
     def _entry(self, request: Request) -> Entry:
         self._arrived += 1

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,14 @@ from serve.config import EngineConfig, RoleConfig
 from serve.coordinator import Coordinator, Mailbox
 from serve.engine import Engine
 from serve.engine_api import Role
+from serve.engine_metrics import EngineMetrics
 from serve.http.app import create_app
 from serve.http.config import HttpConfig
 from serve.http.server import run
 from serve.metrics import Metrics
-from serve.observe import EngineObserver
+from serve.observe import EngineObserver, TransferObserver
 from serve.programs import CompileCounter
-from serve.router import EngineView, Policy, Router
+from serve.router import Policy, Router
 from serve.service import Service
 from serve.transfer.faults import Faults
 from serve.transfer.local import LocalTransport
@@ -123,12 +125,16 @@ def build_server(options: ServerOptions, console: Console) -> Server:
     counter = CompileCounter()
     coordinator: Coordinator | None = None
 
-    def remaining(engine: Engine) -> int:
-        return int(router.remaining(EngineView(engine.name, engine.load(), ())))
+    def remaining(engine: Engine) -> int | None:
+        """Of engines that decode, once the coordinator is there and has measured."""
+        slots = None if coordinator is None else coordinator.lifecycle.remaining.get(engine.name)
+        return None if slots is None else math.floor(slots)
 
-    engines = []
+    engines: list[Engine] = []
+    by_engine: dict[str, EngineMetrics] = {}
     for placement in placements:
         numbers = metrics.engine(placement.name, _METRIC_ROLES[placement.role])
+        by_engine[placement.name] = numbers
         observer = EngineObserver(
             numbers,
             options.engine.accept,
@@ -153,6 +159,7 @@ def build_server(options: ServerOptions, console: Console) -> Server:
         transport=transport,
         router=router,
         config=options.coordinator or _limits(options.engine),
+        on_transfer=TransferObserver(by_engine),
     )
     service = Service(
         coordinator,

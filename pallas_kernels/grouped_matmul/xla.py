@@ -5,10 +5,11 @@ to whole blocks, at most E * (block - 1) rows of padding in all, and every block
 its expert's weight: no row is dropped, nothing branches, and the cost does not depend on balance.
 Rows are moved by gathers in both directions, so there is no scatter and a GPU repeats its bits.
 
-The weight's gradient is an fp32 [N, K] per block before it is summed per expert. Where that takes
-more than `BLOCK_SUMS_BYTES`, groups are copied into [E, capacity, K] instead, capacity = twice the
-mean group; when a group is larger, that path walks the experts one by one. (Its branch may hold
-collectives when rows are sharded, which XLA:CPU can run out of order and hang on.)
+The weight's gradient is an fp32 [N, K] per block before it is summed per expert. Where a gradient
+is wanted and that would take more than `BLOCK_SUMS_BYTES`, groups are copied into [E, capacity, K]
+instead, capacity = twice the mean group; when a group is larger, that path walks the experts one by
+one. (Its branch may hold collectives when rows are sharded, which XLA:CPU can run out of order and
+hang on.)
 """
 
 import jax
@@ -27,8 +28,27 @@ def grouped_matmul(
     x: Float[Array, "M K"], w: Float[Array, "E *L K"] | QTensor, group_sizes: Int[Array, " E"]
 ) -> Float[Array, "M *L"]:
     """See `api.grouped_matmul`."""
+    sizes = group_sizes.astype(jnp.int32)
+    if isinstance(w, QTensor):  # never trained
+        return _without_gradient(x, w, sizes)
+    return _product(x, w, sizes)
+
+
+def _without_gradient(x: jax.Array, w: jax.Array | QTensor, sizes: jax.Array) -> jax.Array:
     rows, experts = x.shape[0], w.shape[0]
-    group_sizes = group_sizes.astype(jnp.int32)
+    block = _block_rows(2 * rows, experts)  # every block copies a weight: fewer, larger ones
+    return _by_block(x, w, sizes, block, -(-rows // block) + experts)
+
+
+_product = jax.custom_vjp(_without_gradient)
+_product.defvjp(
+    lambda x, w, sizes: jax.vjp(lambda x, w: _with_gradient(x, w, sizes), x, w),
+    lambda pull, grad: (*pull(grad), None),
+)
+
+
+def _with_gradient(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    rows, experts = x.shape[0], w.shape[0]
     block = _block_rows(rows, experts)
     blocks = -(-rows // block) + experts
     sums = 4 * blocks * x.shape[-1]
@@ -49,7 +69,7 @@ def grouped_matmul(
 
 
 def _block_rows(rows: int, experts: int) -> int:
-    """A power of two below a quarter of the mean group, in 8..512."""
+    """A power of two, about a quarter of the mean group, in 8..512."""
     target = max(8, min(512, rows // (4 * experts)))
     return 1 << (target.bit_length() - 1)
 

@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from serve.api import UnavailableError
+from serve.api import TextService, UnavailableError
 from serve.http import schema
 from serve.http.body import parse_object
 from serve.http.config import HttpConfig
@@ -21,7 +21,6 @@ from serve.http.format import ChatShape, CompletionShape
 from serve.http.health import Health
 from serve.http.limits import Gate
 from serve.http.plan import Planner
-from serve.http.service import TextService
 from serve.http.stream import InFlight, Reply
 
 _IN_LOOP = 16 << 10

@@ -3,8 +3,7 @@
 import asyncio
 import time
 
-from serve.api import UnavailableError
-from serve.http.service import TextService
+from serve.api import TextService, UnavailableError
 
 
 class Health:

@@ -8,12 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dskjax.decode.rule_options import RuleOptions
-from serve.api import GenerateOptions
+from serve.api import GenerateOptions, TextService
 from serve.http.config import HttpConfig
 from serve.http.errors import ApiError, invalid, short
 from serve.http.prompt import PromptEncoder
 from serve.http.schema import ChatBody, CompletionBody, GenerateBody, Message
-from serve.http.service import TextService
 from serve.request import MAX_STOP_TOKENS, SamplingOptions, StopOptions
 
 

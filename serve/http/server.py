@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 import uvicorn
 from fastapi import FastAPI
 
+from serve.api import TextService
 from serve.http.config import ServerConfig
 from serve.http.protocol import timed_protocol
-from serve.http.service import TextService
 from serve.http.stream import InFlight
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)

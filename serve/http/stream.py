@@ -13,11 +13,10 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from serve.api import GenerateOptions, Output, OverloadedError, UnavailableError
+from serve.api import GenerateOptions, Output, OverloadedError, TextService, UnavailableError
 from serve.http.errors import ApiError, dumps, from_service, internal, json_response, unavailable
 from serve.http.format import Shape
 from serve.http.plan import Job
-from serve.http.service import TextService
 from serve.request import FinishReason
 
 _log = logging.getLogger(__name__)

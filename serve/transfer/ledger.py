@@ -13,35 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from serve.transfer.faults import Faults
 from serve.transfer.states import CancelResult, TransferState, advance
-from serve.transfer.transport import Mode, Part, Progress, Quarantine, Ticket
-
-
-@dataclasses.dataclass(slots=True)
-class Timeline:
-    """When things happened to one transfer, seconds on the transport's clock.
-
-    Attributes:
-        computed: when the arrays of the last part were ready on the source, or None.
-        ended: when the last packet with a part of it had been moved, or None.
-        alone: seconds its parts took on the wire: of a packet that several transfers share, the
-            share of its bytes.
-    """
-
-    computed: float | None = None
-    ended: float | None = None
-    alone: float = 0.0
-
-    @property
-    def overlap(self) -> float | None:
-        """The part of the transfer hidden under the source's compute.
-
-        1 - (ended - computed) / alone: 1 if the last byte arrived when the last layer was ready, 0
-        if all of it was moved afterwards, negative if it also waited for other transfers. None
-        until it is over, or if it took no time.
-        """
-        if self.computed is None or self.ended is None or self.alone <= 0:
-            return None
-        return 1 - (self.ended - self.computed) / self.alone
+from serve.transfer.transport import Mode, Part, Progress, Quarantine, Ticket, Timeline
 
 
 @dataclasses.dataclass(slots=True)
@@ -201,8 +173,10 @@ class Ledger:
         with self._lock:
             self.stats.packets += 1
             self.stats.parts += len(items)
-            if len({ticket.transfer_id for ticket, _ in items}) > 1:
+            if len(together := {ticket.transfer_id for ticket, _ in items}) > 1:
                 self.stats.merged += len(items)
+                for transfer_id in together:
+                    self._records[transfer_id].line.merged = True
             self.stats.nbytes += sum(sizes)
             self.stats.seconds += seconds
         return [seconds * size / max(1, sum(sizes)) for size in sizes]

@@ -22,7 +22,7 @@ import jax
 
 from serve.transfer.device import corrupt_arrays
 from serve.transfer.faults import Faults
-from serve.transfer.ledger import Ledger, Stats, Timeline
+from serve.transfer.ledger import Ledger, Stats
 from serve.transfer.states import CancelResult
 from serve.transfer.transport import (
     Deliver,
@@ -32,6 +32,7 @@ from serve.transfer.transport import (
     Progress,
     Quarantine,
     Ticket,
+    Timeline,
 )
 
 log = logging.getLogger(__name__)
@@ -218,7 +219,7 @@ class LocalTransport(KVTransport):
         return self._ledger.stats
 
     def timeline(self, transfer_id: str) -> Timeline:
-        """When things happened to a transfer that was not closed yet."""
+        """See `KVTransport.timeline`."""
         return self._ledger.timeline(transfer_id)
 
     def shutdown(self) -> None:

@@ -212,6 +212,36 @@ class Progress(NamedTuple):
     why: str = ""
 
 
+@dataclasses.dataclass(slots=True)
+class Timeline:
+    """When things happened to one transfer, seconds on the transport's clock.
+
+    Attributes:
+        computed: when the arrays of the last part were ready on the source, or None.
+        ended: when the last packet with a part of it had been moved, or None.
+        alone: seconds its parts took on the wire: of a packet that several transfers share, the
+            share of its bytes.
+        merged: a part of it shared a packet with another transfer's.
+    """
+
+    computed: float | None = None
+    ended: float | None = None
+    alone: float = 0.0
+    merged: bool = False
+
+    @property
+    def overlap(self) -> float | None:
+        """The part of the transfer hidden under the source's compute.
+
+        1 - (ended - computed) / alone: 1 if the last byte arrived when the last layer was ready, 0
+        if all of it was moved afterwards, negative if it also waited for other transfers. None
+        until it is over, or if it took no time.
+        """
+        if self.computed is None or self.ended is None or self.alone <= 0:
+            return None
+        return 1 - (self.ended - self.computed) / self.alone
+
+
 Deliver = Callable[[Ticket, Part], None]
 
 
@@ -272,6 +302,14 @@ class KVTransport(abc.ABC):
     @abc.abstractmethod
     def poll(self, transfer_id: str) -> Progress:
         """How a transfer stands; of an unknown one FAILED and quiescent."""
+
+    @abc.abstractmethod
+    def timeline(self, transfer_id: str) -> Timeline:
+        """A copy of a transfer's times.
+
+        Raises:
+            KeyError: it was not opened, or was closed.
+        """
 
     @abc.abstractmethod
     def cancel(self, transfer_id: str) -> CancelResult:
