@@ -94,14 +94,13 @@ def plan_batch(batch: RaggedBatch, page_size: int) -> BatchPlan:
     """Computes the bookkeeping of one step. Rows past the page table's width are dropped rather
     than written astray.
     """
-    ends = batch.cached_lens
-    if batch.query_lens is not None:  # as if the padding rows were cached, then hide them
-        assert batch.queries is not None
-        ends = ends + batch.queries - batch.query_lens
-    decode = plan_mla_decode(ends, batch.query_starts, batch.num_tokens, queries=batch.queries)
-    if batch.query_lens is not None:
-        row = jnp.arange(batch.num_tokens, dtype=jnp.int32) % batch.queries
-        shown = jnp.where(row < batch.query_lens[decode.token_seq], decode.visible, 0)
+    ends, lens, queries = batch.cached_lens, batch.query_lens, batch.queries
+    if lens is not None and queries is not None:
+        ends = ends + queries - lens  # as if the padding rows were cached; then they are hidden
+    decode = plan_mla_decode(ends, batch.query_starts, batch.num_tokens, queries=queries)
+    if lens is not None and queries is not None:
+        row = jnp.arange(batch.num_tokens, dtype=jnp.int32) % queries
+        shown = jnp.where(row < lens[decode.token_seq], decode.visible, 0)
         decode = dataclasses.replace(decode, visible=shown)
     position = decode.visible - 1
     real = position >= 0

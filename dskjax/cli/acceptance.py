@@ -43,6 +43,7 @@ def acceptance(
     """How many drafts each acceptance rule keeps, and what the lossy ones cost; tables and plot."""
     from dskjax.commands.acceptance import RULES, joined, load_prompts, report
     from dskjax.commands.acceptance_tables import markdown, plot
+    from dskjax.commands.rule_tv import tv_rows
     from dskjax.decode import RuleOptions
     from dskjax.tokenizer import Tokenizer
 
@@ -69,6 +70,9 @@ def acceptance(
             impl=impl,
             on_run=lambda what: err.print(what, highlight=False, soft_wrap=True),
         )
+    if "tv" not in result:
+        err.print("measuring how far each rule bends the law of the text")
+        result["tv"] = tv_rows(result["settings"])
     out.mkdir(parents=True, exist_ok=True)
     (out / "acceptance.json").write_text(json.dumps(result, indent=1) + "\n")
     (out / "acceptance.md").write_text(markdown(result))

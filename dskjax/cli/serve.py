@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -77,7 +77,9 @@ def serve(
         bool | None,
         typer.Option(help="Compile every layer on its own: faster steps. Default: on a GPU."),
     ] = None,
-    prefill_policy: Annotated[str, typer.Option(help="short-first or fcfs.")] = "short-first",
+    prefill_policy: Annotated[
+        Literal["short-first", "fcfs"], typer.Option(help="Which prompts go first.")
+    ] = "short-first",
     layerwise_from: Annotated[
         int,
         typer.Option(help="Prompt tokens from which pages go layer group by layer group."),
@@ -143,7 +145,7 @@ def serve(
         unroll=not on_cpu if unroll is None else unroll,
         memory_fraction=memory_fraction,
         max_waiting=max_waiting,
-        prefill_policy=prefill_policy,  # pyright: ignore[reportArgumentType] - checked there
+        prefill_policy=prefill_policy,
         layerwise_from=layerwise_from,
         layer_group=layer_group,
     )

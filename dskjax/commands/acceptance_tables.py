@@ -52,6 +52,24 @@ def markdown(result: Mapping[str, Any]) -> str:
     ]
     lines += [f"### By kind of text, {middle} drafts", ""]
     lines += _table(["kind", "T", "rule", "accepted / drafted"], body)
+    if "tv" in result:
+        lines += [
+            "### Bent laws",
+            "",
+            "Total variation between the first token's law and the target's on small random "
+            "models (`dskjax.commands.rule_tv`); noise is what counting alone shows.",
+            "",
+        ]
+        body = [
+            [
+                row["rule"],
+                "yes" if row["lossless"] else "no",
+                f"{row['temperature']:g}",
+                *(f"{row[name]:.4f}" for name in ("mean", "largest", "noise")),
+            ]
+            for row in result["tv"]
+        ]
+        lines += _table(["rule", "lossless", "T", "mean TV", "largest", "noise"], body)
     if result["skipped"]:
         lines += ["Not run, for lack of time: " + "; ".join(result["skipped"]) + ".", ""]
     return "\n".join(lines)

@@ -144,7 +144,10 @@ class Bench:
         depths = self.config.spec.depths
         ids = np.full((PREFILLS, CHUNK + depths), garbage, np.int32)
         table = np.full((PREFILLS, COLUMNS), -1, np.int32)
-        slots, (cached, lens) = np.full(PREFILLS, SLOTS, np.int32), np.zeros((2, PREFILLS), np.int32)
+        slots, (cached, lens) = (
+            np.full(PREFILLS, SLOTS, np.int32),
+            np.zeros((2, PREFILLS), np.int32),
+        )
         for row, (slot, (start, length)) in enumerate(chunks.items()):
             known = list(self.asks[slot].prompt[start : start + length + depths])
             ids[row, : len(known)] = known

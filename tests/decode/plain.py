@@ -55,8 +55,8 @@ def adjusted(logits: np.ndarray, ask: Ask, answer: Sequence[int]) -> np.ndarray:
     for token in range(len(out)):
         count = list(answer).count(token)
         if count or token in ask.prompt:
-            out[token] = out[token] / ask.repetition if out[token] > 0 else out[token] * (
-                ask.repetition
+            out[token] = (
+                out[token] / ask.repetition if out[token] > 0 else out[token] * (ask.repetition)
             )
         if count:
             out[token] -= ask.presence + count * ask.frequency

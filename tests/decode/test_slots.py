@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dskjax.batch import RaggedBatch, plan_batch
-from tests.decode.bench import CHUNK, COLUMNS, K, PAGE, ROWS, SLOTS, Bench
+from tests.decode.bench import CHUNK, COLUMNS, PAGE, ROWS, SLOTS, Bench, K
 from tests.decode.plain import Ask, answer
 from tests.decode.toy import PROMPTS
 
@@ -208,7 +208,9 @@ def test_draft_limits_are_each_rows_own():
 # ------------------------------------------------------------------ a slot's next life
 
 
-@pytest.mark.parametrize("ask", [Ask(prompt=SHORT), Ask(prompt=ONE)], ids=["prefilled", "one token"])
+@pytest.mark.parametrize(
+    "ask", [Ask(prompt=SHORT), Ask(prompt=ONE)], ids=["prefilled", "one token"]
+)
 @pytest.mark.parametrize("rule", ["strict", "rejection"])
 def test_admission_leaves_nothing_of_the_life_before(ask, rule):
     """Text, drafts and what became of them are those of an unused slot."""
@@ -231,7 +233,11 @@ def test_admission_writes_one_slot():
     bench.admit(1, Ask(prompt=LONG, frequency=1.0), prefill=False)
     after = bench.snapshot
     assert_same(before, after, [0, 2, 3])
-    assert (after.length[1], after.last_token[1], after.remaining[1]) == (len(LONG) - 1, LONG[-1], 16)
+    assert (after.length[1], after.last_token[1], after.remaining[1]) == (
+        len(LONG) - 1,
+        LONG[-1],
+        16,
+    )
     assert after.options.logits.frequency[1] == 1.0
 
 
@@ -249,11 +255,7 @@ def plan(token_ids, table, cached, lens):
     return jax.tree.map(np.asarray, plan_batch(part, PAGE))
 
 
-@given(
-    st.lists(
-        st.tuples(st.integers(0, CHUNK), st.integers(0, 20)), min_size=ROWS, max_size=ROWS
-    )
-)
+@given(st.lists(st.tuples(st.integers(0, CHUNK), st.integers(0, 20)), min_size=ROWS, max_size=ROWS))
 def test_real_rows_of_a_padded_batch_are_the_newest_cached_ones(sizes):
     table = np.arange(ROWS * COLUMNS, dtype=np.int32).reshape(ROWS, COLUMNS)
     lens = [length for length, _ in sizes]
