@@ -1,6 +1,6 @@
 # Every target first calls `setup`, so that any one of them is enough on a fresh machine.
 #
-#   make demo        the shipped small model answers three prompts with and without speculation
+#   make demo        a prefill and a decode engine serve the shipped small model; runs/demo/demo.png
 #   make test        lint, types, and the tests on 8 simulated CPU devices
 #   make test-full   the same with the slow tests; writes benchmarks/results/test-full.json
 #   make lint        ruff, ruff format --check, type checker
@@ -26,7 +26,7 @@ setup:
 	@scripts/setup.sh
 
 demo: setup
-	@$(BIN)/python -m dskjax.demo
+	@$(BIN)/python -m dskjax demo
 
 lint: setup
 	@$(BIN)/ruff check

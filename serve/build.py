@@ -189,8 +189,9 @@ def _link(
         if role is Role.PREFILL:
             runner.layerwise = LayerwisePrefill(runner.programs, config.layer_group)
             runner.layerwise.compile()
-    largest = config.columns
-    sizes = sorted({max(largest // 8, 1), largest})
+    largest, sizes = config.columns, [config.columns]
+    while sizes[0] > max(largest // 16, 1):
+        sizes.insert(0, -(-sizes[0] // 2))
     programs = PagePrograms(runner.state, sizes, sorted(groups))
     programs.compile(sends=role is Role.PREFILL, receives=role is Role.DECODE)
     return programs.warm_up(runner.state), DeviceLink(runner, programs, transport, trunk)

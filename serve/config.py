@@ -115,13 +115,16 @@ class EngineConfig:
     layer_group: int = 8
 
     def __post_init__(self):
-        for name in ("max_model_len", "slots", "page_size", "chunk", "layerwise_from"):
+        sizes = ("max_model_len", "slots", "page_size", "chunk", "layerwise_from", "layer_group")
+        for name in (*sizes, "max_waiting", "max_waiting_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.max_model_len < 2:
             raise ValueError(f"{self.max_model_len=} must hold a prompt and an answer: 2 or more")
         if self.pages is not None and self.pages < 1:
             raise ValueError(f"{self.pages=} must be at least 1")
+        if self.kv_dtype not in ("auto", "fp8"):
+            raise ValueError(f"{self.kv_dtype=}: use auto or fp8")
         if not 0 < self.memory_fraction <= 1:
             raise ValueError(f"{self.memory_fraction=} must be in (0, 1]")
         if self.accept.name not in self.rules:

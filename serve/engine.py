@@ -7,6 +7,7 @@ nothing to do, the inbox.
 
 import collections
 import gc
+import sys
 import threading
 import time
 import traceback
@@ -31,7 +32,9 @@ from serve.request import FinishReason, Request, Status
 from serve.scheduler import Scheduler
 from serve.transfer.transport import KVForm, Part, Ticket
 
-LOAD_EVERY = 0.02
+SWITCH_SECONDS = 0.0005
+"""For how long another thread of this process may keep the interpreter from an engine's."""
+LOAD_EVERY = 0.1
 """Seconds between snapshots of the load."""
 
 
@@ -99,6 +102,7 @@ class Engine:
         self._ready = False
         self._launched: collections.deque[Launched] = collections.deque()
         self._untold: list[TokenEvent] = []
+        self._prefills = False  # whether requests came that are only prefilled here
         self._tpot = 0.0
         self._fetched = 0.0
         self._load_at = -1.0
@@ -114,6 +118,7 @@ class Engine:
 
     def start(self) -> None:
         """Starts the thread; the runner must be warmed up."""
+        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_SECONDS))
         self._thread.start()
 
     def stop(self, timeout: float = 10.0) -> None:
@@ -151,6 +156,7 @@ class Engine:
 
         def add() -> None:
             assert self._link is not None
+            self._prefills = True
             self._link.begin(ticket, request, lambda: self.scheduler.pages(request.id))
             self._add(request)
 
@@ -206,6 +212,7 @@ class Engine:
     # ---- the engine's thread
 
     def _main(self) -> None:
+        gc.set_threshold(50_000, 20, 50)  # a step makes a thousand objects and no cycle
         gc.freeze()  # what is loaded by now stays: collections need not walk through it
         self._ready = True
         self._post(EngineReady(self.name))
@@ -279,7 +286,7 @@ class Engine:
         works while the device does, and does not keep the interpreter from the launch.
         """
         events, self._untold = self._untold, []
-        if any(event.request.prefill_only for event in events):
+        if self._prefills:
             for event in events:
                 if event.request.prefill_only:
                     self._post(

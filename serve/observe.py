@@ -36,6 +36,7 @@ class EngineObserver(Observer):
         self._compiled, self._remaining = compiled, remaining
         self._requests: list[Request] = []
         self._groups: dict[str, np.ndarray | None] = {}
+        self._drafts: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
         self._seen = {"compiled": 0, "preemptions": 0, "hits": 0, "queries": 0}
 
     def stepped(self, plan: StepPlan, result: StepResult, host: float, step: float) -> None:
@@ -49,10 +50,11 @@ class EngineObserver(Observer):
             offered, accepted = result.offered, result.accepted
             if rows is not None:
                 offered, accepted = offered[rows], accepted[rows]
-            self._metrics.drafts(name, offered=offered, accepted=accepted)
+            self._drafts.setdefault(name, []).append((offered, accepted))
 
     def loaded(self, engine: Engine) -> None:
         """See `serve.engine.Observer`."""
+        self._count_drafts()
         load, stats = engine.load(), engine.scheduler.stats()
         self._metrics.state(
             running=load.running,
@@ -67,6 +69,13 @@ class EngineObserver(Observer):
             self._metrics.preempted(preempted)
         if self._compiled is not None and (new := self._new("compiled", self._compiled())):
             self._metrics.compiled(new)
+
+    def _count_drafts(self) -> None:
+        """The drafts of the steps since the last snapshot, at once: a step has no time for it."""
+        drafts, self._drafts = self._drafts, {}
+        for name, steps in drafts.items():
+            offered, accepted = (np.concatenate(column) for column in zip(*steps, strict=True))
+            self._metrics.drafts(name, offered=offered, accepted=accepted)
 
     def _by_rule(self, requests: list[Request]) -> dict[str, np.ndarray | None]:
         """Rows of each acceptance rule by its name; None where all have the same."""

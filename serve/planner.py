@@ -61,8 +61,7 @@ class Planner:
         if residents.fresh:
             admit += [r for r in requests if r.slot in residents.fresh]
             residents.fresh.difference_update(slots.tolist())
-        self._table.ahead[slots] += 1
-        self._table.holds[slots] += 1
+        self._table.launched(slots)
         for chunk in chunks:
             columns = max(columns, self._launch(chunk))
         drafts = self._drafts(len(requests), most)

@@ -33,6 +33,7 @@ class Results:
         self._residents = residents
         self._table = residents.table
         self._eos_ids = frozenset(eos_ids)
+        self._steady: list[Request] | None = None  # rows of the last result, if all just go on
 
     def apply(self, plan: StepPlan, result: StepResult, now: float) -> list[TokenEvent]:
         """Events of the rows that brought tokens; see `Scheduler.apply`."""
@@ -60,16 +61,11 @@ class Results:
 
     def _count(self, plan: StepPlan, result: StepResult) -> list[int]:
         """Counts the rows' tokens; returns the rows that have a page to publish."""
-        table, slots, count = self._table, plan.slots, result.count
-        table.ahead[slots] -= 1
-        table.holds[slots] -= 1
-        table.left[slots] -= count
-        table.drafted[slots] += result.offered
-        table.accepted[slots] += result.accepted
+        table, slots, cached = self._table, plan.slots, result.count
         if self._config.lookahead:
             # A row that ends does not run the modules over its last tokens.
-            count = np.where(result.finished, 0, count)
-        table.length[slots] += count
+            cached = np.where(result.finished, 0, cached)
+        table.applied(slots, cached, result)
         return np.flatnonzero(table.length[slots] >= table.seal_at[slots]).tolist()
 
     def _emit(
@@ -78,6 +74,18 @@ class Results:
         """Appends the rows' tokens and their events; returns which events are ends."""
         ended: list[int] = []
         logprobs, over, new = result.logprobs, Status.FINISHED, tuple.__new__
+        if self._is_steady(plan, result):
+            every = result.tokens.tolist()
+            counts = result.count.tolist()
+            for request, tokens, count in zip(plan.requests, every, counts, strict=True):
+                del tokens[count:]
+                request.tokens += tokens
+                request.last_token = now
+            # What TokenEvent(request, tokens) does, in half the time.
+            rows = zip(plan.requests, every, strict=True)
+            events += [new(TokenEvent, (r, t, None, None, None, "")) for r, t in rows]
+            return ended
+        steady = plan.requests is self._residents.rows().requests
         columns = (plan.requests, result.tokens.tolist(), result.count.tolist())
         rows = zip(*columns, result.finished.tolist(), strict=True)
         for row, (request, tokens, count, finished) in enumerate(rows):
@@ -91,15 +99,25 @@ class Results:
             extra = None
             if logprobs is not None and request.sampling.logprobs is not None:
                 extra = token_logprobs(logprobs, row, count, request.sampling.logprobs)
+            steady = steady and not finished and not request.prefill_only
             if finished:
                 ended.append(len(events))
                 events.append(self._last_event(request, tokens, extra))
                 continue
             if request.prefill_only:
                 self._residents.park(self._residents.entries[request.id], Status.HELD)
-            # What TokenEvent(request, tokens, None, extra) does, in half the time.
             events.append(new(TokenEvent, (request, tokens, None, extra, None, "")))
+        self._steady = plan.requests if steady and len(events) == len(plan.requests) else None
         return ended
+
+    def _is_steady(self, plan: StepPlan, result: StepResult) -> bool:
+        """Whether the rows are those of the last result, all of them go on, and none is special:
+        most steps of a busy engine.
+        """
+        same = plan.requests is self._steady and plan.requests is self._residents.rows().requests
+        return bool(
+            same and result.logprobs is None and not result.finished.any() and result.count.all()
+        )
 
     def _last_event(
         self, request: Request, tokens: list[int], logprobs: list[TokenLogprob] | None

@@ -9,6 +9,7 @@ import heapq
 import numpy as np
 
 from serve.blocks import BlockManager
+from serve.plan import StepResult
 from serve.queue import Entry
 from serve.scheduler_config import SchedulerConfig
 
@@ -41,14 +42,28 @@ class SlotTable:
         self._delay = max(config.lookahead - 1, 0)
         self._free = list(range(slots))
         self.page_table = np.full((slots, config.max_columns), -1, np.int32)
-        self.length, self.left, self.limit, self.held, self.ahead, self.holds = np.zeros(
-            (6, slots), np.int64
+        # What every step changes is one array, so that a step changes it with one indexing.
+        self._counters = np.zeros((slots, 6), np.int64)
+        self.length, self.left, self.drafted, self.accepted, self.ahead, self.holds = (
+            self._counters.T
         )
-        self.drafted, self.accepted = np.zeros((2, slots), np.int64)
+        self.limit, self.held = np.zeros((2, slots), np.int64)
         self.seal_at = np.full(slots, _NEVER)
         self.active = np.zeros(slots, np.bool_)
         self.entries: list[Entry | None] = [None] * slots
         self.pages: list[list[int]] = [[] for _ in range(slots)]
+
+    def launched(self, slots: np.ndarray) -> None:
+        """A step that touches `slots` has been launched."""
+        self._counters[slots, 4:] += 1
+
+    def applied(self, slots: np.ndarray, cached: np.ndarray, result: StepResult) -> None:
+        """The result of the oldest such step is known; `cached` of its tokens are in the cache."""
+        change = np.empty((len(slots), 6), np.int64)
+        change[:, 0], change[:, 2], change[:, 3] = cached, result.offered, result.accepted
+        np.negative(result.count, out=change[:, 1])
+        change[:, 4:] = -1
+        self._counters[slots] += change
 
     @property
     def free(self) -> int:

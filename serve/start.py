@@ -14,6 +14,8 @@ from rich.console import Console
 
 from dskjax.checkpoint.hf import load_config, load_hf
 from dskjax.decode.rules import ThinkIds
+from dskjax.decode.step import DecodeConfig
+from dskjax.decode.synthetic import SyntheticAcceptance
 from dskjax.tokenizer import Tokenizer
 from serve.attempts import CoordinatorConfig
 from serve.build import Model, Placement, build_engine, place
@@ -24,7 +26,7 @@ from serve.engine_api import Role
 from serve.engine_metrics import EngineMetrics
 from serve.http.app import create_app
 from serve.http.config import HttpConfig
-from serve.http.server import run
+from serve.http.server import check_address, run
 from serve.metrics import Metrics
 from serve.observe import EngineObserver, TransferObserver
 from serve.programs import CompileCounter
@@ -50,6 +52,9 @@ class ServerOptions:
         dtype: compute dtype; None: float32 on a CPU, bfloat16 elsewhere.
         http: limits and keys.
         coordinator: limits of requests on their way; None fits them to `engine`.
+
+    Raises:
+        ValueError: an unknown policy, or faults that cannot be read.
     """
 
     model: Path
@@ -61,6 +66,14 @@ class ServerOptions:
     dtype: str | None = None
     http: HttpConfig = dataclasses.field(default_factory=HttpConfig)
     coordinator: CoordinatorConfig | None = None
+
+    def __post_init__(self):
+        policies = [policy.value for policy in Policy]
+        if self.router not in policies:
+            raise ValueError(f"router={self.router!r}: use one of {', '.join(policies)}")
+        Faults.parse(self.faults)
+        if self.faults and all(role.role is Role.IFB for role in self.roles):
+            raise ValueError(f"faults={self.faults!r} are of transfers: use roles such as 1P1D")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,13 +103,28 @@ def engine_config(
     model: Path, *, max_model_len: int | None, drafts: int | None, **rest: Any
 ) -> EngineConfig:
     """`EngineConfig` with what a checkpoint says where nothing is given: its longest sequence, and
-    as many drafts as it has MTP modules.
+    as many drafts as it has MTP modules. Reads no weights.
+
+    Raises:
+        ValueError: a value is out of range, or more than the model can do.
+        FileNotFoundError: no checkpoint there.
     """
     cfg = load_config(model)
     if drafts is None:
         drafts = cfg.mtp.num_nextn_predict_layers
     longest = cfg.max_position_embeddings
-    return EngineConfig(max_model_len=max_model_len or longest, drafts=drafts, **rest)
+    if max_model_len is None:
+        max_model_len = longest
+    if max_model_len > longest:
+        raise ValueError(
+            f"max_model_len={max_model_len} exceeds max_position_embeddings={longest}: lower it"
+        )
+    config = EngineConfig(max_model_len=max_model_len, drafts=drafts, **rest)
+    # What building an engine would find only after the weights were loaded.
+    DecodeConfig.make(cfg, accept=config.rules, drafts=drafts)
+    if config.synthetic is not None:
+        SyntheticAcceptance.from_mean_length(config.synthetic, drafts)
+    return config
 
 
 def build_server(options: ServerOptions, console: Console) -> Server:
@@ -109,8 +137,8 @@ def build_server(options: ServerOptions, console: Console) -> Server:
     begun = time.monotonic()
     dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     placements = place(options.roles, jax.devices())
+    tokenizer = Tokenizer.load(options.model)  # first: if it is missing, why load the weights
     params, cfg = load_hf(options.model, dtype=dtype, progress=console.is_terminal)
-    tokenizer = Tokenizer.load(options.model)
     model = Model(
         name=options.name,
         params=params,
@@ -203,7 +231,18 @@ def _say(console: Console, placement: Placement, done: int, total: int, what: st
 def serve_model(
     options: ServerOptions, host: str, port: int, drain_timeout: float, console: Console
 ) -> int:
-    """Serves until a signal; returns the exit status."""
+    """Serves until a signal; returns the exit status.
+
+    Raises:
+        ValueError: see `build_server`, or nothing can listen there.
+        FileNotFoundError: see `build_server`.
+    """
+    if not drain_timeout >= 0:
+        raise ValueError(f"{drain_timeout=} must not be negative (seconds)")
+    try:
+        check_address(host, port)
+    except OSError as error:
+        raise ValueError(f"{error}; choose another host or port") from error
     server = build_server(options, console)
 
     def announce(host: str, port: int) -> None:

@@ -1,11 +1,25 @@
-"""The command line in process: what it writes, and that bad input ends with one clear line."""
+"""The command line in process: what it writes, and that bad input ends with one clear line.
 
+One test starts the server as a process, as a user does.
+"""
+
+import contextlib
 import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+import dskjax as library
 from dskjax import cli
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -181,3 +195,149 @@ def test_ids_that_are_no_array_are_refused(dskjax, tmp_path, content):
     )
     assert code == 2
     assert "is not a .npy array" in err
+
+
+# ------------------------------------------------------------------ serve
+
+
+@pytest.fixture
+def serve(dskjax, tmp_path):
+    """Runs `dskjax serve ARGS...`, which is to fail; what it set for JAX is taken back."""
+    names = ("compilation_cache_dir", "persistent_cache_min_compile_time_secs")
+    before = {f"jax_{name}": getattr(jax.config, f"jax_{name}") for name in names}
+    yield lambda *args: dskjax("serve", *args, "--cache-dir", tmp_path / "xla")
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture
+def no_start(monkeypatch):
+    """Nothing heavy may begin."""
+
+    def load_hf(*args, **options):
+        raise AssertionError("the weights were loaded before the options were checked")
+
+    monkeypatch.setattr("serve.start.load_hf", load_hf)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([EXAMPLE, "--roles", "2P"], ["'2P'", "1P1D"]),
+        ([EXAMPLE, "--roles", "0P1D"], ["'0P1D'", "at least one engine"]),
+        ([EXAMPLE, "--prefill-tp", "0"], ["prefill_tp=0"]),
+        ([EXAMPLE, "--router", "best"], ["'best'", "remaining-slots"]),
+        ([EXAMPLE, "--accept", "hope"], ["'hope'", "rejection"]),
+        ([EXAMPLE, "--accept", "relaxed:top_n=no"], ["top_n"]),
+        ([EXAMPLE, "--rules", "strict,hope"], ["'hope'", "rejection"]),
+        ([GOLDENS / "v3_mtp", "--speculate", "9"], ["drafts=9", "at most"]),
+        ([GOLDENS / "v3_yarn", "--speculate", "1"], ["drafts=1", "no MTP modules"]),
+        ([EXAMPLE, "--speculate", "-1"], ["drafts=-1"]),
+        ([EXAMPLE, "--synthetic", "9"], ["mean=9.0", "[1, 2]"]),
+        ([EXAMPLE, "--max-model-len", "4096"], ["max_model_len=4096", "2048"]),
+        ([EXAMPLE, "--max-model-len", "0"], ["max_model_len=0"]),
+        ([EXAMPLE, "--slots", "0"], ["slots=0"]),
+        ([EXAMPLE, "--layer-group", "0"], ["layer_group=0"]),
+        ([EXAMPLE, "--kv-dtype", "int4"], ["'int4'", "fp8"]),
+        ([EXAMPLE, "--memory-fraction", "2"], ["memory_fraction=2.0"]),
+        ([EXAMPLE, "--drain-timeout", "-1"], ["drain_timeout=-1"]),
+        ([EXAMPLE, "--api-key", ""], ["API key"]),
+        ([EXAMPLE, "--port", "70000"], ["127.0.0.1:70000", "65535"]),
+        ([EXAMPLE, "--roles", "1P1D", "--inject-faults", "melt=1"], ["'melt=1'", "corrupt"]),
+        ([EXAMPLE, "--roles", "1P1D", "--inject-faults", "drop=2"], ["'drop=2'", "0 to 1"]),
+        ([EXAMPLE, "--roles", "1P1D", "--inject-faults", "drop=a"], ["'drop=a'", "number"]),
+        ([EXAMPLE, "--inject-faults", "drop=0.1"], ["'drop=0.1'", "1P1D"]),
+        ([EXAMPLE / "none"], ["none"]),
+        ([GOLDENS / "v3_yarn", "--port", "0"], ["v3_yarn", "tokenizer.json"]),
+    ],
+)
+def test_serve_refuses_bad_options_before_it_loads_anything(serve, no_start, arguments, words):
+    code, _, err = serve(*arguments)
+    assert code == 2, err
+    [line] = err.strip().splitlines()
+    assert line.startswith("error: ")
+    for word in words:
+        assert word in line
+
+
+@pytest.mark.parametrize("option", ["--prefill-policy", "--dtype"])
+def test_serve_names_the_values_of_a_choice(serve, no_start, option):
+    code, _, err = serve(EXAMPLE, option, "lifo")
+    assert code == 2 and "Traceback" not in err
+    assert f"'{option}'" in err and "'lifo' is not one of" in err
+
+
+def test_serve_refuses_a_port_in_use_before_it_loads_anything(serve, no_start):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, _, err = serve(EXAMPLE, "--port", port)
+    assert code == 2
+    [line] = err.strip().splitlines()
+    assert f"127.0.0.1:{port}: Address already in use" in line and "choose another" in line
+
+
+@contextlib.contextmanager
+def running(*arguments, log):
+    """`dskjax serve ARGS...` as a process; yields it and its URL when it is ready to answer."""
+    command = [sys.executable, "-m", "dskjax", "serve", *map(str, arguments)]
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + 400
+        while (url := re.search(r"at (http://[\d.:]+)/v1", log.read_text())) is None:
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        yield process, url[1]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def fetch(url, body=None):
+    headers = {"content-type": "application/json", "authorization": "Bearer secret"}
+    data = None if body is None else json.dumps(body).encode()
+    with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=120) as answer:
+        return answer.read().decode()
+
+
+@pytest.mark.full
+def test_serve_answers_and_drains(tmp_path):
+    """A prefill and a decode engine, from the command to the exit status."""
+    options = ("--roles", "1P1D", "--port", 0, "--speculate", 2, "--few-buckets", "--slots", 2)
+    options += ("--max-model-len", 256, "--chunk", 64, "--rules", "strict", "--accept", "strict")
+    options += ("--pages", 64)
+    options += ("--api-key", "secret", "--dtype", "float32", "--cache-dir", tmp_path / "xla")
+    log = tmp_path / "log"
+    with running(EXAMPLE, *options, log=log) as (process, url):
+        assert json.loads(fetch(f"{url}/ready")) == {"status": "ready"}
+        with pytest.raises(urllib.error.HTTPError, match="401") as refused:
+            urllib.request.urlopen(f"{url}/v1/models", timeout=10)
+        refused.value.close()
+        prompt = "def main():\n    parser = argparse."
+        body = {"model": "tiny-deepseek", "prompt": prompt, "max_tokens": 24, "temperature": 0}
+        answer = json.loads(fetch(f"{url}/v1/completions", body))
+        text, usage = answer["choices"][0]["text"], answer["usage"]
+        assert usage["completion_tokens"] == 24
+
+        metrics = fetch(f"{url}/metrics")
+        labels = 'engine="decode0",mode="whole",model_name="tiny-deepseek",role="decode"'
+        assert f"dskjax:transfer_mode_total{{{labels}}} 1.0" in metrics
+        labels = 'engine="decode0",model_name="tiny-deepseek",role="decode"'
+        moved = re.search(rf"dskjax:kv_transfer_bytes_total{{{labels}}} ([\d.e+]+)", metrics)
+        assert moved and float(moved[1]) > 0
+        pattern = rf"dskjax:remaining_slots{{{labels}}} 2\.0"
+        deadline = time.monotonic() + 20
+        while not re.search(pattern, fetch(f"{url}/metrics")):
+            assert time.monotonic() < deadline, "the coordinator's measurement never came"
+            time.sleep(0.2)
+
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0, log.read_text()
+    assert "Traceback" not in log.read_text()
+
+    params, cfg = library.load(EXAMPLE, dtype="float32")
+    tokenizer = library.Tokenizer.load(EXAMPLE)
+    ids = tokenizer.encode(prompt, bos=True)
+    assert usage["prompt_tokens"] == len(ids)
+    plain = library.generate(params, cfg, [ids], max_tokens=24)
+    assert text == tokenizer.decode(plain.tokens[0])

@@ -69,6 +69,15 @@ def run(
             return runner.run(_serve(server, listener, service, drain_timeout, announce))
 
 
+def check_address(host: str, port: int) -> None:
+    """Whether `run` could listen there now, for whoever has much to do before.
+
+    Raises:
+        OSError: it could not.
+    """
+    _listen(host, port).close()
+
+
 class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
@@ -132,6 +141,8 @@ async def _until_asked(
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    if not 0 <= port < 2**16:
+        raise OSError(f"cannot listen on {host}:{port}: ports are 0 to {2**16 - 1}")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]

@@ -99,17 +99,21 @@ class Faults:
         rates, seed, seconds = {}, 0, 0.1
         for item in filter(None, text.split(",")):
             name, _, value = item.partition("=")
-            if name == "seed":
-                seed = int(value)
-            elif name == "seconds":
-                seconds = float(value)
-            elif name in list(Fault):
-                rates[Fault(name)] = float(value)
-                if not 0 <= rates[Fault(name)] <= 1:
-                    raise ValueError(f"{item!r}: a rate is 0 to 1")
-            else:
+            if name not in [*Fault, "seconds", "seed"]:
                 names = ", ".join([*Fault, "seconds", "seed"])
                 raise ValueError(f"{item!r}: use name=value with one of {names}")
+            try:
+                number = int(value) if name == "seed" else float(value)
+            except ValueError:
+                raise ValueError(f"{item!r}: {value!r} is not a number") from None
+            if name == "seed":
+                seed = int(number)
+            elif name == "seconds":
+                seconds = number
+            elif 0 <= number <= 1:
+                rates[Fault(name)] = number
+            else:
+                raise ValueError(f"{item!r}: a rate is 0 to 1")
         return cls(rates=rates, seed=seed, seconds=seconds)
 
     def add(self, rule: Rule) -> None:

@@ -1,5 +1,7 @@
 """Engines, transport, coordinator and clients under one clock, driven step by step."""
 
+from collections.abc import Callable
+
 from serve.attempts import CoordinatorConfig
 from serve.engine_api import (
     Role,
@@ -34,7 +36,14 @@ class World:
     """Engines, transport, coordinator and clients under one clock."""
 
     def __init__(
-        self, prefill=1, decode=1, *, faults=None, config=CONFIG, lifecycle=Lifecycle, **sizes
+        self,
+        prefill=1,
+        decode=1,
+        *,
+        faults=None,
+        config=CONFIG,
+        lifecycle: Callable[..., Lifecycle] = Lifecycle,
+        **sizes,
     ):
         self.now = 0.0
         self.faults = faults or Faults(seconds=1.0)

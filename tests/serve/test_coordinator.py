@@ -154,8 +154,8 @@ def test_tiny_pools_do_not_deadlock():
     assert world.served(*ids)
 
 
-def test_prefill_without_reservation_would_deadlock():
-    """Why room on the decoding engine comes first: two prefilled requests that each need more."""
+def test_no_request_is_held_without_room_where_it_decodes():
+    """Else two prefilled requests could each wait for the other's room."""
     world = World(pages=5, slots=4)
     for seed in range(2):
         world.submit(prompt(13, seed), 2)

@@ -1,17 +1,19 @@
 """Answers and streams in process: their shape, usage, seeds, and how failures look."""
 
+import dataclasses
 import json
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.testclient import TestClient
 
 from dskjax.tokenizer import THINK
 from serve.api import OverloadedError, UnavailableError
 from serve.http import HttpConfig, create_app
 from serve.http.errors import dumps
 from serve.request import FinishReason
-from tests.serve.http.fake import TINY, WORDS
+from tests.serve.http.fake import TINY, WORDS, FakeService
 
 
 def complete(client, **body):
@@ -79,8 +81,6 @@ def test_max_tokens_ends_with_length(client):
 
 
 def test_default_max_tokens_is_capped_by_the_server(service):
-    from starlette.testclient import TestClient
-
     with TestClient(create_app(service, HttpConfig(default_max_tokens=3))) as client:
         complete(client)
         complete(client, max_tokens=7)
@@ -312,8 +312,6 @@ def test_a_stream_that_fails_before_its_first_piece_has_a_status(client, service
 @pytest.mark.parametrize("fault", [RuntimeError("secret path"), ValueError("secret path")])
 def test_a_fault_tells_nothing_of_the_inside(service, fault, caplog):
     """A ValueError is the client's only before the first piece."""
-    from starlette.testclient import TestClient
-
     service.fault = fault
     with TestClient(create_app(service), raise_server_exceptions=False) as client:
         answer = client.post("/v1/completions", json={"model": "org/fake", "prompt": "a"})
@@ -325,21 +323,50 @@ def test_a_fault_tells_nothing_of_the_inside(service, fault, caplog):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_answer_without_an_end_is_a_fault(service, stream):
-    from starlette.testclient import TestClient
+@pytest.mark.parametrize("n", [1, 2])
+def test_an_answer_without_an_end_is_a_fault(stream, n):
+    """The last of the n never says that it ended."""
 
-    class Forgetful(type(service)):
-        def _output(self, *arguments):
-            import dataclasses
-
-            return dataclasses.replace(super()._output(*arguments), finish=None)
+    class Forgetful(FakeService):
+        def _output(self, prompt, options, index, step, count):
+            output = super()._output(prompt, options, index, step, count)
+            return dataclasses.replace(output, finish=None) if index == n - 1 else output
 
     forgetful = Forgetful()
     with TestClient(create_app(forgetful), raise_server_exceptions=False) as client:
-        body = {"model": "org/fake", "prompt": "a", "stream": stream}
+        body = {"model": "org/fake", "prompt": "a", "stream": stream, "n": n}
         answer = client.post("/v1/completions", json=body)
     assert "server_error" in answer.text and "[DONE]" not in answer.text
     assert forgetful.open == 0
+
+
+@pytest.mark.parametrize("prompt", ["a", ["a", "b", "c"]])
+@pytest.mark.parametrize("finish", [None, (FinishReason.ERROR, "page fault")])
+def test_an_iterator_is_closed_and_not_only_forgotten(service, prompt, finish):
+    """One that is no generator has nobody else to close it."""
+    service.finish = finish
+    opened, closed = [], []
+
+    class Pieces:
+        def __init__(self, inner):
+            opened.append(self)
+            self._inner = inner
+
+        def __aiter__(self):
+            return self
+
+        async def __anext__(self):
+            return await anext(self._inner)
+
+        async def aclose(self):
+            closed.append(self)
+            await self._inner.aclose()
+
+    generate = service.generate
+    service.generate = lambda *a, **k: Pieces(generate(*a, **k))
+    with TestClient(create_app(service)) as client:
+        client.post("/v1/completions", json={"model": "org/fake", "prompt": prompt})
+    assert opened and set(opened) == set(closed)
 
 
 @given(st.text())

@@ -138,6 +138,7 @@ def test_a_refused_upload_ends_though_it_goes_on(service):
         for headers, status in ((head, b"401"), (f"{head}Authorization: Bearer key\r\n", b"413")):
             with connected(port, http(headers=headers)) as connection:
                 assert b" " + status + b" " in read_until(connection, b"}}")
+                connection.sendall(b"more")  # no longer idle, which another timer would end
                 with contextlib.suppress(ConnectionResetError):
                     assert read_all(connection) == b""
 

@@ -1,5 +1,6 @@
 """A server that is asked to stop: signals to this very process, whose main thread `run` takes."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import httpx2
 import pytest
+import uvicorn
+import uvloop
 
 from serve.http import ServerConfig, create_app, run
 from tests.serve.http.fake import until
@@ -46,7 +49,11 @@ def serve(service, visit, drain_timeout=30.0):
         assert host == "127.0.0.1"
         threading.Thread(target=guarded, args=(f"http://127.0.0.1:{port}",)).start()
 
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    def own(number, frame):
+        raise AssertionError("the server takes the signals")
+
+    before = signal.signal(signal.SIGTERM, own)
+    interrupt = signal.getsignal(signal.SIGINT)
     config = ServerConfig(log_level="critical")
     app = create_app(service)
     status = run(app, service, "127.0.0.1", 0, drain_timeout, announce=announce, config=config)
@@ -54,7 +61,8 @@ def serve(service, visit, drain_timeout=30.0):
     assert gone.wait(10)
     if failures:
         raise failures[0]
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    assert signal.signal(signal.SIGTERM, before) is own
+    assert signal.getsignal(signal.SIGINT) is interrupt
     return status, end - sent[-1]
 
 
@@ -143,7 +151,10 @@ def test_a_second_signal_ends_at_once(service):
     assert status == 128 + signal.SIGINT and seconds < 3
 
 
-def test_a_second_signal_does_not_wait_for_an_upload(service):
+@pytest.mark.parametrize("loop", [uvloop.new_event_loop, asyncio.new_event_loop])
+def test_a_second_signal_does_not_wait_for_an_upload(service, monkeypatch, loop):
+    monkeypatch.setattr(uvicorn.Config, "get_loop_factory", lambda self: loop)
+
     def visit(url, kill):
         with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as upload:
             upload.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n")

@@ -227,6 +227,11 @@ def test_request_ids(client, service):
     assert client.get("/ready", headers={"x-request-id": "a" * 128}).status_code == 200
 
 
+def test_one_request_id_at_most(client):
+    twice = httpx2.Headers([("x-request-id", "a"), ("x-request-id", "b")])
+    assert client.get("/ready", headers=twice).status_code == 400
+
+
 @pytest.mark.parametrize("id_", [b"", b"a" * 129, b"a b", b"\x7f", "ü".encode()])
 def test_bad_request_ids(client, service, id_):
     answer = client.post("/v1/completions", json=BODY, headers={"x-request-id": id_})
