@@ -26,7 +26,7 @@ from dskjax.decode.rules import RuleOptions
 from dskjax.tokenizer import Tokenizer
 from serve.api import GenerateOptions, Output
 from serve.blocks import BlockManager
-from serve.engine import Engine
+from serve.engine import Engine, settle_process
 from serve.engine_api import Role, Tokens
 from serve.metrics import Metrics
 from serve.observe import EngineObserver
@@ -195,6 +195,7 @@ def measure(rows: int, steps: int) -> dict[str, list[float]]:
         answer = AnswerText(tokenizer, options, request)
         output.add(request, answer, pieces.append, loop=loop)
         engine.submit(request)
+    settle_process()
     reader.start()
     output.start()
     engine.start()

@@ -240,10 +240,8 @@ def jobs(args: argparse.Namespace, rate: float) -> list[Job]:
 
     prompts = lengths(args.input_mean, args.input_max)
     answers = lengths(args.output_mean, args.output_max)
-    return [
-        Job(*map(float, (at,)), int(p), int(a))
-        for at, p, a in zip(np.cumsum(gaps), prompts, answers, strict=True)
-    ]
+    rows = zip(np.cumsum(gaps).tolist(), prompts.tolist(), answers.tolist(), strict=True)
+    return [Job(*row) for row in rows]
 
 
 def figures(timings: Sequence[Timing], args: argparse.Namespace) -> dict[str, Any]:

@@ -38,6 +38,19 @@ LOAD_EVERY = 0.1
 """Seconds between snapshots of the load."""
 
 
+def settle_process() -> None:
+    """Settings of a whole process that serves, once everything is loaded and compiled.
+
+    What is there by now stays, so collections need not walk through it; a step makes a thousand
+    objects and no cycle, so they may be rarer; and no thread keeps the interpreter from an engine
+    for long.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
+    sys.setswitchinterval(SWITCH_SECONDS)
+
+
 @runtime_checkable
 class EngineRunner(Runner, Protocol):
     """What an engine asks of its runner beside launching: see `serve.runner.Runner`."""
@@ -118,7 +131,6 @@ class Engine:
 
     def start(self) -> None:
         """Starts the thread; the runner must be warmed up."""
-        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_SECONDS))
         self._thread.start()
 
     def stop(self, timeout: float = 10.0) -> None:
@@ -212,8 +224,6 @@ class Engine:
     # ---- the engine's thread
 
     def _main(self) -> None:
-        gc.set_threshold(50_000, 20, 50)  # a step makes a thousand objects and no cycle
-        gc.freeze()  # what is loaded by now stays: collections need not walk through it
         self._ready = True
         self._post(EngineReady(self.name))
         try:

@@ -21,7 +21,7 @@ from serve.attempts import CoordinatorConfig
 from serve.build import Model, Placement, build_engine, place
 from serve.config import EngineConfig, RoleConfig
 from serve.coordinator import Coordinator, Mailbox
-from serve.engine import Engine
+from serve.engine import Engine, settle_process
 from serve.engine_api import Role
 from serve.engine_metrics import EngineMetrics
 from serve.http.app import create_app
@@ -254,6 +254,7 @@ def serve_model(
             soft_wrap=True,
         )
 
+    settle_process()
     server.service.start()
     try:
         return run(server.app, server.service, host, port, drain_timeout, announce=announce)

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
-import gc
 import json
 from collections.abc import Iterator, Sequence
 
@@ -231,7 +230,6 @@ def serving(config: EngineConfig, modules: int = 1) -> Iterator[Stack]:
             yield Stack(port, engines, coordinator, service)
     finally:
         service.stop()
-        gc.unfreeze()
 
 
 def tight() -> EngineConfig:

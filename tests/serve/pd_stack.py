@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import gc
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -134,7 +133,6 @@ def cluster(
         yield Cluster(engines, coordinator, transport, answers, parts)
     finally:
         coordinator.stop()
-        gc.unfreeze()
 
 
 class _Recording(Engine):

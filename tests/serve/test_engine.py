@@ -1,6 +1,7 @@
 """The loop of an engine on a fake device: order, overlap, ends, failures."""
 
 import gc
+import sys
 import threading
 import time
 
@@ -8,7 +9,7 @@ import pytest
 
 from serve.attempts import CoordinatorConfig
 from serve.coordinator import Coordinator, Mailbox
-from serve.engine import Engine
+from serve.engine import Engine, settle_process
 from serve.engine_api import (
     EngineFailed,
     EngineReady,
@@ -188,7 +189,7 @@ def test_the_load_is_that_of_the_scheduler():
 
 @pytest.fixture
 def running():
-    """Makes engines with a thread; `gc.freeze` of theirs is taken back."""
+    """Makes engines with a thread."""
     started = []
 
     def start(bench):
@@ -202,7 +203,6 @@ def running():
         if bench.runner.hold is not None:
             bench.runner.hold.set()
         engine.stop()
-    gc.unfreeze()
 
 
 def test_a_thread_serves_and_stops(running):
@@ -213,7 +213,6 @@ def test_a_thread_serves_and_stops(running):
     until(lambda: bench.of("a") and bench.of("a")[-1].finish)
     assert bench.tokens("a") == wanted(tokens)
     assert bench.events[0] == EngineReady("e") and engine.ready
-    assert gc.get_freeze_count() > 0
     engine.stop()
     assert not engine.ready
     count = len(bench.events)
@@ -279,4 +278,15 @@ def test_nobody_waits_for_an_engine_that_is_stuck(running, what):
     finally:
         hold.set()
         coordinator.stop()
+
+
+def test_a_process_that_serves_is_settled():
+    before = gc.get_threshold(), sys.getswitchinterval()
+    try:
+        settle_process()
+        assert gc.get_freeze_count() > 0 and gc.get_threshold()[0] > before[0][0]
+        assert sys.getswitchinterval() < before[1]
+    finally:
         gc.unfreeze()
+        gc.set_threshold(*before[0])
+        sys.setswitchinterval(before[1])
