@@ -73,8 +73,8 @@ class Planner:
     def _grow(self, now: float) -> _Needs:
         """Gives the decoding rows the pages they need, as far as there are any."""
         rows = self._residents.rows()
-        going, pages = self._table.wanted(rows.slots)
-        short = going & (pages > self._table.held[rows.slots])
+        going, pages, held = self._table.wanted(rows.slots)
+        short = going & (pages > held)
         self._residents.stalled = False
         if short.any():
             self._residents.grow(rows.slots[short], pages[short], now)
@@ -88,8 +88,8 @@ class Planner:
         rows, able, pages = needs
         if rows is not self._residents.rows():  # some gave way, or were admitted to decode at once
             rows = self._residents.rows()
-            going, pages = self._table.wanted(rows.slots)
-            able = going & (pages <= self._table.held[rows.slots])
+            going, pages, held = self._table.wanted(rows.slots)
+            able = going & (pages <= held)
         if not rows.requests:
             return self._no_rows()
         if able.all():

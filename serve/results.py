@@ -65,8 +65,7 @@ class Results:
         if self._config.lookahead:
             # A row that ends does not run the modules over its last tokens.
             cached = np.where(result.finished, 0, cached)
-        table.applied(slots, cached, result)
-        return np.flatnonzero(table.length[slots] >= table.seal_at[slots]).tolist()
+        return table.applied(slots, cached, result)
 
     def _emit(
         self, plan: StepPlan, result: StepResult, now: float, events: list[TokenEvent]

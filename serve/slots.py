@@ -43,11 +43,9 @@ class SlotTable:
         self._free = list(range(slots))
         self.page_table = np.full((slots, config.max_columns), -1, np.int32)
         # What every step changes is one array, so that a step changes it with one indexing.
-        self._counters = np.zeros((slots, 6), np.int64)
-        self.length, self.left, self.drafted, self.accepted, self.ahead, self.holds = (
-            self._counters.T
-        )
-        self.limit, self.held = np.zeros((2, slots), np.int64)
+        self._counters = np.zeros((slots, 8), np.int64)
+        self.length, self.left, self.drafted, self.accepted = self._counters.T[:4]
+        self.ahead, self.holds, self.limit, self.held = self._counters.T[4:]
         self.seal_at = np.full(slots, _NEVER)
         self.active = np.zeros(slots, np.bool_)
         self.entries: list[Entry | None] = [None] * slots
@@ -55,15 +53,22 @@ class SlotTable:
 
     def launched(self, slots: np.ndarray) -> None:
         """A step that touches `slots` has been launched."""
-        self._counters[slots, 4:] += 1
+        self._counters[slots, 4:6] += 1
 
-    def applied(self, slots: np.ndarray, cached: np.ndarray, result: StepResult) -> None:
-        """The result of the oldest such step is known; `cached` of its tokens are in the cache."""
-        change = np.empty((len(slots), 6), np.int64)
-        change[:, 0], change[:, 2], change[:, 3] = cached, result.offered, result.accepted
-        np.negative(result.count, out=change[:, 1])
-        change[:, 4:] = -1
-        self._counters[slots] += change
+    def applied(self, slots: np.ndarray, cached: np.ndarray, result: StepResult) -> list[int]:
+        """The result of the oldest such step is known; `cached` of its tokens are in the cache.
+
+        Returns:
+            Rows that have a page to publish.
+        """
+        counters = self._counters[slots]
+        counters[:, 0] += cached
+        counters[:, 1] -= result.count
+        counters[:, 2] += result.offered
+        counters[:, 3] += result.accepted
+        counters[:, 4:6] -= 1
+        self._counters[slots] = counters
+        return np.flatnonzero(counters[:, 0] >= self.seal_at[slots]).tolist()
 
     @property
     def free(self) -> int:
@@ -163,16 +168,18 @@ class SlotTable:
         request.accepted += int(self.accepted[slot])
         self.drafted[slot] = self.accepted[slot] = 0
 
-    def wanted(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For a decode step of `slots`: which of them cannot have ended, and the pages each needs.
+    def wanted(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """For a decode step of `slots`: which of them cannot have ended, the pages each needs, and
+        those that it has.
 
         The step writes its 1 + K rows and up to K rows of drafts behind whatever it accepts, and
         begins after at most (1 + K) tokens of each launched step.
         """
-        config, ahead = self._config, self.ahead[slots]
-        rows = self.length[slots] + ((1 + config.drafts) * (ahead + 1) + config.drafts)
-        rows = np.minimum(rows, self.limit[slots])
-        return ahead < self.left[slots], (rows + (config.page_size - 1)) // config.page_size
+        config = self._config
+        length, left, _, _, ahead, _, limit, held = self._counters[slots].T
+        rows = length + ((1 + config.drafts) * (ahead + 1) + config.drafts)
+        rows = np.minimum(rows, limit)
+        return ahead < left, (rows + (config.page_size - 1)) // config.page_size, held
 
     def seal(self, slot: int, length: int) -> None:
         """Publishes the pages that are final now that `length` tokens are in the cache.

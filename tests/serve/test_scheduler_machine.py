@@ -217,11 +217,11 @@ def test_machine_sees_too_few_pages_for_the_steps_ahead(monkeypatch):
 
     def wanted(self, slots):  # the result of the step before is forgotten
         ahead = self.ahead[slots].copy()
-        going, _ = right(self, slots)
+        going, _, held = right(self, slots)
         self.ahead[slots] = 0
-        _, pages = right(self, slots)
+        _, pages, _ = right(self, slots)
         self.ahead[slots] = ahead
-        return going, pages
+        return going, pages, held
 
     monkeypatch.setattr(SlotTable, "wanted", wanted)
     assert_red(Machine, "have no page|exceed . columns")
