@@ -341,3 +341,12 @@ def test_serve_answers_and_drains(tmp_path):
     assert usage["prompt_tokens"] == len(ids)
     plain = library.generate(params, cfg, [ids], max_tokens=24)
     assert text == tokenizer.decode(plain.tokens[0])
+
+
+@pytest.mark.parametrize(("package", "command"), [("fastapi", "serve"), ("httpx2", "chat")])
+def test_a_missing_extra_is_named(dskjax, monkeypatch, package, command):
+    for name in [name for name in sys.modules if name.split(".")[0] in ("serve", package)]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    code, _, error = dskjax(command, *([EXAMPLE] if command == "serve" else []))
+    assert code == 2 and package in error and "dskjax[serve]" in error

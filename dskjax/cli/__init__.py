@@ -7,6 +7,9 @@ import typer
 from dskjax.cli import acceptance, bench, model, serve, train
 from dskjax.cli.common import app, err, train_mtp
 
+SERVE_EXTRA = ("fastapi", "httpx2", "prometheus_client", "uvicorn")
+"""Packages that only the server and its clients need."""
+
 __all__ = ["acceptance", "app", "bench", "main", "model", "serve", "train", "train_mtp"]
 
 
@@ -33,5 +36,14 @@ def main(command: typer.Typer = app) -> NoReturn:
         command(standalone_mode=True)
     except (ValueError, NotImplementedError, FileNotFoundError) as error:
         err.print(f"error: {error}", style="red", soft_wrap=True, highlight=False, markup=False)
+        raise SystemExit(2) from error
+    except ModuleNotFoundError as error:
+        if error.name not in SERVE_EXTRA:
+            raise
+        err.print(
+            f"error: {error.name} is not installed; it comes with pip install 'dskjax[serve]'",
+            style="red",
+            markup=False,
+        )
         raise SystemExit(2) from error
     raise SystemExit(0)
