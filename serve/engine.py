@@ -263,15 +263,20 @@ class Engine:
             for event in self._link.installed(self.name):
                 self._post(event)
         if self._clock() - self._load_at >= LOAD_EVERY:
-            self._load_at, self._load = self._clock(), self._snapshot()
-            self._observer.loaded(self)
+            self._report()
 
     def _obey(self) -> None:
         while self._inbox:
             self._inbox.popleft()()
 
+    def _report(self) -> None:
+        self._load_at, self._load = self._clock(), self._snapshot()
+        self._observer.loaded(self)
+
     def _idle(self) -> None:
         """Waits for a command; looks after checksums that the device still computes."""
+        if self._load_at < self._fetched:  # whoever asks now wants to know of the last step
+            self._report()
         busy = self._link is not None and self._link.checking
         with self._wake:
             if not self._inbox and not self._stopping:
