@@ -242,6 +242,8 @@ WRITER = """
     store.save(1, state(1), {"at": 1})
     store.wait()
     store.save(2, state(2), {"at": 2})
+    while len(os.listdir(sys.argv[1])) < 2:  # until its thread has begun
+        pass
     os._exit(9)  # as kill -9 would: no thread is waited for, nothing is cleaned up
 """
 
