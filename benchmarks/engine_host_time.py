@@ -25,6 +25,7 @@ import numpy as np
 from dskjax.decode.rules import RuleOptions
 from dskjax.tokenizer import Tokenizer
 from serve.api import GenerateOptions, Output
+from serve.bench.commit import source_commit
 from serve.blocks import BlockManager
 from serve.engine import Engine, settle_process
 from serve.engine_api import Role, Tokens
@@ -243,6 +244,7 @@ def main() -> None:
             "cpus": os.cpu_count(),
             "load_average": os.getloadavg()[0],
         },
+        "commit": source_commit(),
         "python": platform.python_version(),
         "numpy": np.__version__,
         "rows": args.rows,

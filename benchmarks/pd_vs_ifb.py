@@ -16,7 +16,6 @@ import functools
 import json
 import platform
 import queue
-import subprocess
 import threading
 import time
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ from dskjax.config import MtpConfig
 from dskjax.decode.rules import RuleOptions
 from dskjax.presets import preset
 from serve.attempts import CoordinatorConfig
+from serve.bench.commit import source_commit
 from serve.build import Model, build_engine, place
 from serve.config import EngineConfig, parse_roles
 from serve.coordinator import Coordinator, Mailbox
@@ -118,7 +118,7 @@ def main() -> None:
         "devices": [device.device_kind for device in jax.devices()[:2]],
         "jax": jax.__version__,
         "python": platform.python_version(),
-        "commit": commit(),
+        "commit": source_commit(),
         "synthetic_acceptance": args.accepted_length,
         "settings": {k: v for k, v in vars(args).items() if k not in ("out", "append", "layouts")},
         "runs": [],
@@ -287,12 +287,6 @@ def write(result: dict[str, Any], out: Path) -> None:
     axis.legend()
     figure.savefig(out.with_suffix(".png"), dpi=120)
     plt.close(figure)
-
-
-def commit() -> str:
-    """The commit that was measured, or "unknown" outside a checkout."""
-    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

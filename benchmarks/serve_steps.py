@@ -13,7 +13,6 @@ import json
 import platform
 import queue
 import statistics
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from dskjax import model
 from dskjax.config import MtpConfig
 from dskjax.decode.rules import RuleOptions
 from dskjax.presets import preset
+from serve.bench.commit import source_commit
 from serve.buckets import Bucket, Variant
 from serve.build import Model, Placement, build_engine
 from serve.config import EngineConfig
@@ -95,7 +95,7 @@ def main() -> None:
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "python": platform.python_version(),
-        "commit": commit(),
+        "commit": source_commit(),
         "model": f"{args.preset} width, {args.layers} layers, {args.drafts} drafts",
         "batch": args.batch,
         "prompt": args.prompt,
@@ -169,12 +169,6 @@ def spread(seconds: Any) -> dict[str, float]:
     cuts = np.quantile(values, [0.05, 0.95, 0.99])
     named = dict(zip(("p5", "p95", "p99"), map(float, cuts), strict=True))
     return {"median": statistics.median(values), "mean": statistics.fmean(values), **named}
-
-
-def commit() -> str:
-    """The commit that was measured, or "unknown" outside a checkout."""
-    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -44,6 +44,11 @@ class LatentCache:
         """Pages in the pool."""
         return self.latent.shape[1]
 
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page over all layers."""
+        return sum(leaf.nbytes // self.num_pages for leaf in jax.tree.leaves(self))
+
 
 def write_rows(
     cache: LatentCache,

@@ -11,7 +11,7 @@ import numpy as np
 from dskjax.cache import init_cache
 from dskjax.config import ModelConfig
 from dskjax.decode.rules import ThinkIds
-from dskjax.decode.slots import Slots, init_slots
+from dskjax.decode.slots import RowOptions, Slots, init_slots
 from dskjax.decode.step import DecodeConfig
 from dskjax.decode.synthetic import SyntheticAcceptance
 from dskjax.mesh import make_mesh, preset
@@ -25,7 +25,7 @@ from serve.engine import Engine, Observer
 from serve.engine_api import EngineEvent, Role
 from serve.layerwise import LayerwisePrefill, layer_groups
 from serve.link import DeviceLink
-from serve.memory import count_pages, page_bytes, step_memory
+from serve.memory import count_pages, step_memory
 from serve.programs import Programs, Progress
 from serve.request import Request, StopOptions
 from serve.rows import option_row, row_options
@@ -91,6 +91,32 @@ class Model:
     think: ThinkIds = ThinkIds()
 
 
+def decode_config(cfg: ModelConfig, config: EngineConfig, think: ThinkIds) -> DecodeConfig:
+    """The static choices of an engine's step. Needs no weights, so it is what tells early whether
+    a configuration fits a model.
+
+    Raises:
+        ValueError: it does not.
+    """
+    longest = cfg.max_position_embeddings
+    if config.max_model_len > longest:
+        raise ValueError(
+            f"max_model_len={config.max_model_len} exceeds max_position_embeddings={longest}: "
+            "lower it"
+        )
+    synthetic = None
+    if config.synthetic is not None:
+        synthetic = SyntheticAcceptance.from_mean_length(config.synthetic, config.drafts)
+    return DecodeConfig.make(
+        cfg,
+        accept=config.rules,
+        drafts=config.drafts,
+        think=think,
+        synthetic=synthetic,
+        impl=config.impl,
+    )
+
+
 def build_engine(
     model: Model,
     config: EngineConfig,
@@ -115,32 +141,17 @@ def build_engine(
     Raises:
         ValueError: the configuration does not fit the model or the memory.
     """
-    cfg = model.cfg
-    if config.max_model_len > cfg.max_position_embeddings:
-        raise ValueError(
-            f"max_model_len={config.max_model_len} exceeds max_position_embeddings="
-            f"{cfg.max_position_embeddings}: lower it"
-        )
-    synthetic = None
-    if config.synthetic is not None:
-        synthetic = SyntheticAcceptance.from_mean_length(config.synthetic, config.drafts)
-    decode = DecodeConfig.make(
-        cfg,
-        accept=config.rules,
-        drafts=config.drafts,
-        think=model.think,
-        synthetic=synthetic,
-        impl=config.impl,
-    )
-    prefills = placement.role is Role.PREFILL
-    drafts = (0,) if prefills or not config.drafts else (0, config.drafts)
-    if not config.adaptive and not prefills:
-        drafts = (config.drafts,)
+    cfg, decode = model.cfg, decode_config(model.cfg, config, model.think)
+    drafts = {config.drafts}
+    if placement.role is Role.PREFILL:
+        drafts = {0}  # it makes first tokens alone
+    elif config.adaptive:
+        drafts.add(0)
     buckets = Buckets.make(
         slots=config.slots,
         columns=config.columns,
         chunk=config.chunk,
-        drafts=drafts,
+        drafts=tuple(drafts),
         mixed=config.mixed,
         few=config.few_buckets,
         extras=config.extras,
@@ -217,16 +228,20 @@ def _empty_slots(
     dtype = params["embed_tokens"]["weight"].dtype
     nobody = Request("nobody", [0], stop=StopOptions(max_tokens=1))
     row = option_row(nobody, accept=config.accept, drafts=config.drafts, eos_ids=())
-    cache = init_cache(
-        model.cfg,
-        num_pages=pages,
-        page_size=config.page_size,
-        dtype=dtype,
-        kv_dtype=config.kv_dtype,
-    )
+
+    def make(options: RowOptions) -> Slots:
+        cache = init_cache(
+            model.cfg,
+            num_pages=pages,
+            page_size=config.page_size,
+            dtype=dtype,
+            kv_dtype=config.kv_dtype,
+        )
+        return init_slots(cache, options, cfg=model.cfg, spec=decode.spec, dtype=dtype)
+
+    # Under jit: the pool may fill its device, so it must not be made on another one first.
     options = row_options([row], config.slots)
-    state = init_slots(cache, options, cfg=model.cfg, spec=decode.spec, dtype=dtype)
-    return jax.device_put(state, placement.sharding)
+    return jax.jit(make, out_shardings=placement.sharding)(options)
 
 
 def _pages(
@@ -240,7 +255,7 @@ def _pages(
 ) -> int:
     rule = config.accept.name
     return count_pages(
-        page_bytes=page_bytes(state.cache),
+        page_bytes=state.cache.page_bytes,
         most=config.slots * config.columns,
         least=config.columns,
         fraction=config.memory_fraction,

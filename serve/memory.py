@@ -5,9 +5,6 @@ device has.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
-
-from serve.buckets import Buckets
 from serve.programs import Programs
 
 HOST_BYTES = 2**30
@@ -71,13 +68,3 @@ def count_pages(
             "pages by hand"
         )
     return int(pages)
-
-
-def largest_step(buckets: Buckets) -> str:
-    """The bucket whose memory counts, in words."""
-    return str(buckets.all()[0])
-
-
-def page_bytes(cache: Any) -> int:
-    """Bytes of one page over all layers."""
-    return sum(leaf.nbytes // leaf.shape[1] for leaf in jax.tree.leaves(cache))

@@ -20,6 +20,7 @@ import numpy as np
 from dskjax.config import ModelConfig
 from dskjax.decode.logits import Logprobs
 from dskjax.decode.rows import DecodeRows, PrefillRows, StepOutput
+from dskjax.decode.rules import RuleOptions
 from dskjax.decode.slots import Slots, admit, set_said
 from dskjax.decode.step import DecodeConfig, step
 from dskjax.params import Params
@@ -39,13 +40,11 @@ class Packed(NamedTuple):
         rows: i32 [B, m + 1 + 4]: tokens, then count, accepted, offered, finished.
         overlap: f32 [B, m].
         logprobs: read only if a row wants them.
-        ties: i32 [B].
     """
 
     rows: jax.Array
     overlap: jax.Array
     logprobs: Logprobs | None
-    ties: jax.Array
 
 
 def packed_step(
@@ -70,7 +69,7 @@ def packed_step(
 def _pack(out: StepOutput) -> Packed:
     columns = [out.count, out.accepted, out.offered, out.finished.astype(jnp.int32)]
     rows = jnp.concatenate([out.tokens, jnp.stack(columns, axis=1)], axis=1)
-    return Packed(rows, out.overlap, out.logprobs, out.ties)
+    return Packed(rows, out.overlap, out.logprobs)
 
 
 class Programs:
@@ -176,7 +175,7 @@ class Programs:
     def _lower_admit(self) -> Any:
         request = Request("warm-up", [0], stop=StopOptions(max_tokens=1))
         request.slot = self._state.count
-        rule = _first_rule(self.config)
+        rule = RuleOptions.parse(self.default_rule)
         options = option_row(request, accept=rule, drafts=0, eos_ids=())
         new = admission(
             [request],
@@ -197,12 +196,6 @@ class Programs:
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-
-
-def _first_rule(config: DecodeConfig) -> Any:
-    from dskjax.decode.rules import RuleOptions
-
-    return RuleOptions(name=config.rules[0])  # pyright: ignore[reportArgumentType]
 
 
 class CompileCounter:

@@ -14,11 +14,9 @@ from rich.console import Console
 
 from dskjax.checkpoint.hf import load_config, load_hf
 from dskjax.decode.rules import ThinkIds
-from dskjax.decode.step import DecodeConfig
-from dskjax.decode.synthetic import SyntheticAcceptance
 from dskjax.tokenizer import Tokenizer
 from serve.attempts import CoordinatorConfig
-from serve.build import Model, Placement, build_engine, place
+from serve.build import Model, Placement, build_engine, decode_config, place
 from serve.config import EngineConfig, RoleConfig
 from serve.coordinator import Coordinator, Mailbox
 from serve.engine import Engine, settle_process
@@ -112,18 +110,10 @@ def engine_config(
     cfg = load_config(model)
     if drafts is None:
         drafts = cfg.mtp.num_nextn_predict_layers
-    longest = cfg.max_position_embeddings
     if max_model_len is None:
-        max_model_len = longest
-    if max_model_len > longest:
-        raise ValueError(
-            f"max_model_len={max_model_len} exceeds max_position_embeddings={longest}: lower it"
-        )
+        max_model_len = cfg.max_position_embeddings
     config = EngineConfig(max_model_len=max_model_len, drafts=drafts, **rest)
-    # What building an engine would find only after the weights were loaded.
-    DecodeConfig.make(cfg, accept=config.rules, drafts=drafts)
-    if config.synthetic is not None:
-        SyntheticAcceptance.from_mean_length(config.synthetic, drafts)
+    decode_config(cfg, config, ThinkIds())  # sooner than after loading the weights
     return config
 
 

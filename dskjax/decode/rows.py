@@ -70,7 +70,8 @@ class StepOutput(NamedTuple):
         active: bool [B], rows that were decoding in this step.
         finished: bool [B], rows that ended in this step.
         ties: i32 [B], greedy tokens among the new ones whose top-2 logit gap was below `TIE_GAP`.
-        overlap: f32 [B, m], sum_x min(p, q) of each tested draft; zeros where drafts are argmax.
+        overlap: f32 [B, m], sum_x min(p, q) of each tested draft; zeros in a program without the
+            hybrid rule.
         logprobs: None in a program without logit features.
     """
 

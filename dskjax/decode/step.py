@@ -267,7 +267,7 @@ def _accept_and_draft(
         )
         count = kept.count
         shared = jnp.zeros((batch, m), jnp.float32)
-        if rows.drafts.probs is not None:
+        if rows.drafts.probs is not None and "hybrid" in config.rules:  # who tunes by it
             shared = overlap(probs, rows.drafts.probs)
     newest = jnp.maximum(count - 1, 0)
     length, going = rows.length + count, active & ~finished

@@ -6,11 +6,8 @@ import datetime
 import importlib.metadata
 import math
 import platform
-import shutil
 import statistics
-import subprocess
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -21,6 +18,7 @@ from dskjax.tokenizer import Tokenizer
 from serve.bench.answer import Answer
 from serve.bench.arrivals import offsets
 from serve.bench.client import Client, connect
+from serve.bench.commit import source_commit
 from serve.bench.lengths import Lengths
 from serve.bench.load import closed_loop, open_loop
 from serve.bench.options import BenchOptions
@@ -276,17 +274,7 @@ def _facts(options: BenchOptions, info: ServerInfo) -> dict[str, Any]:
             "dskjax": importlib.metadata.version("dskjax"),
             "httpx2": importlib.metadata.version("httpx2"),
             "python": platform.python_version(),
-            "commit": _commit(),
+            "commit": source_commit(),
         },
         "settings": options.settings(),
     }
-
-
-def _commit() -> str | None:
-    """Of this source tree; None outside a repository."""
-    git = shutil.which("git")
-    if git is None:
-        return None
-    asked = [git, "rev-parse", "HEAD"]
-    done = subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else None

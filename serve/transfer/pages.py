@@ -209,7 +209,6 @@ def kv_form(state: Slots, *, model: str, dtype: str, mtp_scheme: str) -> KVForm:
         mtp_scheme: of the drafts, "" without.
     """
     cache = state.cache
-    leaves = jax.tree.leaves(cache)
     return KVForm(
         model=model,
         dtype=dtype,
@@ -220,5 +219,5 @@ def kv_form(state: Slots, *, model: str, dtype: str, mtp_scheme: str) -> KVForm:
         rope=cache.rope.shape[-1],
         mtp_scheme=mtp_scheme,
         mtp_depth=state.hidden_tail.shape[1],
-        page_bytes=sum(leaf.nbytes // leaf.shape[1] for leaf in leaves),
+        page_bytes=cache.page_bytes,
     )

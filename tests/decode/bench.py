@@ -34,18 +34,8 @@ RULES = ("strict", "rejection")
 _admit, _set_said = jax.jit(admit), jax.jit(set_said)
 
 
-def option_rows(asks: Sequence[Ask], limits: Sequence[int], rules: Sequence[str]) -> RowOptions:
-    sampling = [
-        {
-            "temperature": np.float32(ask.temperature),
-            "top_p": np.float32(ask.top_p),
-            "top_k": np.int32(ask.top_k),
-            "min_p": np.float32(ask.min_p),
-            "seed": np.uint32(ask.seed),
-        }
-        for ask in asks
-    ]
-    logits = [
+def logit_rows(asks: Sequence[Ask]) -> LogitRows:
+    rows = [
         LogitRows.row(
             presence=ask.presence,
             frequency=ask.frequency,
@@ -57,12 +47,26 @@ def option_rows(asks: Sequence[Ask], limits: Sequence[int], rules: Sequence[str]
         )
         for ask in asks
     ]
+    return stack_rows(rows, LogitRows, len(rows))
+
+
+def option_rows(asks: Sequence[Ask], limits: Sequence[int], rules: Sequence[str]) -> RowOptions:
+    sampling = [
+        {
+            "temperature": np.float32(ask.temperature),
+            "top_p": np.float32(ask.top_p),
+            "top_k": np.int32(ask.top_k),
+            "min_p": np.float32(ask.min_p),
+            "seed": np.uint32(ask.seed),
+        }
+        for ask in asks
+    ]
     stops = [(*ask.stop_ids, *(-1,) * (2 - len(ask.stop_ids))) for ask in asks]
     size = len(asks)
     return RowOptions(
         sampling=stack_rows(sampling, SamplingParams, size),
         rules=stack_rows([RuleOptions.parse(rule).row() for rule in rules], RuleRows, size),
-        logits=stack_rows(logits, LogitRows, size),
+        logits=logit_rows(asks),
         stop_ids=np.array(stops, np.int32),
         draft_limit=np.array(limits, np.int32),
     )

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from dskjax.decode import logits as ours
-from dskjax.decode.logits import LogitRows, Said
-from dskjax.decode.slots import stack_rows
-from tests.decode.bench import ROWS, Bench
+from dskjax.decode.logits import Said
+from tests.decode.bench import ROWS, Bench, logit_rows
 from tests.decode.plain import Ask, adjusted, answer, logprobs
 from tests.decode.toy import PROMPTS
 
@@ -26,22 +25,6 @@ ASKS = (
     Ask(prompt=(8,)),
 )
 ANSWERS = ((3, 3, 9), (1,), (0, 1, 2), (6, 6), (2,))
-
-
-def rows_of(asks):
-    rows = [
-        LogitRows.row(
-            presence=ask.presence,
-            frequency=ask.frequency,
-            repetition=ask.repetition,
-            logit_bias=ask.bias,
-            places=4,
-            min_length=len(ask.prompt) + ask.min_tokens,
-            logprobs=ask.logprobs,
-        )
-        for ask in asks
-    ]
-    return stack_rows(rows, LogitRows, len(rows))
 
 
 def said_of(asks, answers):
@@ -68,7 +51,7 @@ def check(adjust, asks=ASKS, answers=ANSWERS, seed=0):
     stops = [(*ask.stop_ids, *(-1,) * (2 - len(ask.stop_ids))) for ask in asks]
     found = adjust(
         jnp.asarray(raw),
-        rows_of(asks),
+        logit_rows(asks),
         said_of(asks, answers),
         slots_of(asks),
         jnp.asarray(tokens, jnp.int32),
@@ -124,7 +107,7 @@ def test_counts_take_in_what_was_emitted():
     tokens = jnp.asarray([[3, 4, 4, 9], [1, 1, 1, 1], [2, 2, 2, 2]], jnp.int32)
     count = jnp.asarray([3, 4, 0], jnp.int32)
     slots = slots_of(asks).at[2].set(len(asks))  # an idle row
-    new = jax.jit(ours.count_said)(said, rows_of(asks), slots, tokens, count)
+    new = jax.jit(ours.count_said)(said, logit_rows(asks), slots, tokens, count)
     wanted = np.array(said.counts)
     wanted[2, 3] += 1
     wanted[2, 4] += 2
