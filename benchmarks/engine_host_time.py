@@ -25,8 +25,8 @@ import numpy as np
 from dskjax.decode.rules import RuleOptions
 from dskjax.tokenizer import Tokenizer
 from serve.api import GenerateOptions, Output
-from serve.bench.commit import source_commit
 from serve.blocks import BlockManager
+from serve.commit import source_commit
 from serve.engine import Engine, settle_process
 from serve.engine_api import Role, Tokens
 from serve.metrics import Metrics

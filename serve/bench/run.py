@@ -18,7 +18,6 @@ from dskjax.tokenizer import Tokenizer
 from serve.bench.answer import Answer
 from serve.bench.arrivals import offsets
 from serve.bench.client import Client, connect
-from serve.bench.commit import source_commit
 from serve.bench.lengths import Lengths
 from serve.bench.load import closed_loop, open_loop
 from serve.bench.options import BenchOptions
@@ -28,6 +27,7 @@ from serve.bench.search import Found, Point, find_rate
 from serve.bench.server import ServerInfo, ask_counters, ask_info, tokenize
 from serve.bench.summary import summarize
 from serve.bench.workload import DrawnPrompts, Job, RealPrompts, Workload
+from serve.commit import source_commit
 
 FIGURES = (
     *(("ttft_s", f"p{p}") for p in (50, 90, 99)),
