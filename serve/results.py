@@ -33,7 +33,7 @@ class Results:
         self._residents = residents
         self._table = residents.table
         self._eos_ids = frozenset(eos_ids)
-        self._steady: list[Request] | None = None  # rows of the last result, if all just go on
+        self._steady: list[Request] | None = None  # rows of the last result
 
     def apply(self, plan: StepPlan, result: StepResult, now: float) -> list[TokenEvent]:
         """Events of the rows that brought tokens; see `Scheduler.apply`."""
@@ -84,7 +84,6 @@ class Results:
             rows = zip(plan.requests, every, strict=True)
             events += [new(TokenEvent, (r, t, None, None, None, "")) for r, t in rows]
             return ended
-        steady = plan.requests is self._residents.rows().requests
         columns = (plan.requests, result.tokens.tolist(), result.count.tolist())
         rows = zip(*columns, result.finished.tolist(), strict=True)
         for row, (request, tokens, count, finished) in enumerate(rows):
@@ -98,7 +97,6 @@ class Results:
             extra = None
             if logprobs is not None and request.sampling.logprobs is not None:
                 extra = token_logprobs(logprobs, row, count, request.sampling.logprobs)
-            steady = steady and not finished and not request.prefill_only
             if finished:
                 ended.append(len(events))
                 events.append(self._last_event(request, tokens, extra))
@@ -106,17 +104,15 @@ class Results:
             if request.prefill_only:
                 self._residents.park(self._residents.entries[request.id], Status.HELD)
             events.append(new(TokenEvent, (request, tokens, None, extra, None, "")))
-        self._steady = plan.requests if steady and len(events) == len(plan.requests) else None
+        self._steady = plan.requests
         return ended
 
     def _is_steady(self, plan: StepPlan, result: StepResult) -> bool:
-        """Whether the rows are those of the last result, all of them go on, and none is special:
-        most steps of a busy engine.
+        """Whether all rows brought tokens before and just go on: most steps of a busy engine. A row
+        that ended, was parked or gave way since would have made a new list of the decoding ones.
         """
         same = plan.requests is self._steady and plan.requests is self._residents.rows().requests
-        return bool(
-            same and result.logprobs is None and not result.finished.any() and result.count.all()
-        )
+        return same and result.logprobs is None and not result.finished.any()
 
     def _last_event(
         self, request: Request, tokens: list[int], logprobs: list[TokenLogprob] | None

@@ -7,7 +7,8 @@ import pytest
 
 from serve.blocks import BlockManager
 from serve.errors import OverloadedError
-from serve.plan import StepResult
+from serve.plan import StepLogprobs, StepResult, TokenLogprob
+from serve.request import SamplingOptions
 from serve.scheduler import Scheduler
 from tests.serve.harness import Harness, long_answer, make_config, make_request, prompt
 
@@ -278,3 +279,33 @@ def test_without_overlap_the_same_answers_come_out():
         harness.drain()
         assert len(harness.ends) == 9
         harness.check_drained()
+
+
+def test_log_probabilities_come_with_every_token_that_asked_for_them():
+    scheduler = Harness(make_config(drafts=0)).scheduler
+    asking = SamplingOptions(temperature=0.0, logprobs=2)
+    scheduler.add(make_request("asks", [5, 6], 5, sampling=asking, ignore_eos=True))
+    scheduler.add(make_request("does not", [5, 7], 5, ignore_eos=True))
+    told = {"asks": [], "does not": []}
+    for step in range(6):
+        if (plan := scheduler.schedule(float(step))) is None:
+            break
+        n = len(plan.requests)
+        ones, best = np.ones(n, np.int32), np.arange(20, dtype=np.int32)
+        result = StepResult(
+            tokens=np.full((n, 1), 9, np.int32),
+            count=ones,
+            accepted=0 * ones,
+            offered=0 * ones,
+            finished=np.zeros(n, bool),
+            logprobs=StepLogprobs(
+                np.full((n, 1), -0.5, np.float32),
+                np.broadcast_to(best, (n, 1, 20)),
+                np.broadcast_to(-best.astype(np.float32), (n, 1, 20)),
+            ),
+        )
+        for event in scheduler.apply(plan, result, float(step)):
+            told[event.request.id].append(event.logprobs)
+    assert len(told["asks"]) > 3
+    assert all(one == [TokenLogprob(-0.5, [(0, 0.0), (1, -1.0)])] for one in told["asks"])
+    assert set(map(bool, told["does not"])) == {False}
