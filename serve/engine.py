@@ -278,9 +278,12 @@ class Engine:
         if self._load_at < self._fetched:  # whoever asks now wants to know of the last step
             self._report()
         busy = self._link is not None and self._link.checking
+        self._rest(0.0005 if busy else 0.1)
+
+    def _rest(self, seconds: float) -> None:
         with self._wake:
             if not self._inbox and not self._stopping:
-                self._wake.wait(0.0005 if busy else 0.1)
+                self._wake.wait(seconds)
 
     def _apply(self, host: float) -> None:
         plan, pending, launched = self._launched.popleft()

@@ -103,7 +103,7 @@ class Turned(Engine):
 
     idled = 0
 
-    def _idle(self):
+    def _rest(self, seconds):
         self.idled += 1
 
 
