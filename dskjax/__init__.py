@@ -9,7 +9,7 @@ result = dskjax.generate(params, cfg, [ids], max_tokens=32, drafts=2)
 from dskjax.batch import RaggedBatch
 from dskjax.cache import init_cache
 from dskjax.checkpoint.hf import load_hf as load
-from dskjax.checkpoint.hf import save_hf as save
+from dskjax.checkpoint.save import save_hf as save
 from dskjax.config import ModelConfig
 from dskjax.decode import generate
 from dskjax.model import apply, head, init, mtp_chain, trunk
