@@ -51,11 +51,11 @@ format: setup
 hooks: setup
 	@$(BIN)/pre-commit install
 
-# Extras per file: lock.txt = dev + serve on a CPU, lock-gpu.txt = the same + gpu. Without --upgrade
+# Extras per file: lock.txt = dev + serve + train on a CPU, lock-gpu.txt = the same + gpu. Without --upgrade
 # only what pyproject.toml and requirements/constraints.txt force to move moves: make lock UPGRADE=--upgrade
 COMPILE = uv pip compile pyproject.toml --no-config --quiet --universal --python-version 3.12 \
 	--generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" \
-	--constraint requirements/constraints.txt $(UPGRADE) --extra dev --extra serve
+	--constraint requirements/constraints.txt $(UPGRADE) --extra dev --extra serve --extra train
 lock:
 	@command -v uv >/dev/null || { echo "make lock needs uv: https://docs.astral.sh/uv"; exit 1; }
 	$(COMPILE) --output-file requirements/lock.txt

@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dskjax.decode.rules import RuleOptions
+from dskjax.provenance import source_commit
 from dskjax.tokenizer import Tokenizer
 from serve.api import GenerateOptions, Output
 from serve.blocks import BlockManager
-from serve.commit import source_commit
 from serve.engine import Engine, settle_process
 from serve.engine_api import Role, Tokens
 from serve.metrics import Metrics

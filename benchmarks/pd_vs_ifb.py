@@ -29,9 +29,9 @@ from dskjax import model
 from dskjax.config import MtpConfig
 from dskjax.decode.rules import RuleOptions
 from dskjax.presets import preset
+from dskjax.provenance import source_commit
 from serve.attempts import CoordinatorConfig
 from serve.build import Model, build_engine, place
-from serve.commit import source_commit
 from serve.config import EngineConfig, parse_roles
 from serve.coordinator import Coordinator, Mailbox
 from serve.request import Request, SamplingOptions, StopOptions

@@ -24,9 +24,9 @@ from dskjax import model
 from dskjax.config import MtpConfig
 from dskjax.decode.rules import RuleOptions
 from dskjax.presets import preset
+from dskjax.provenance import source_commit
 from serve.buckets import Bucket, Variant
 from serve.build import Model, Placement, build_engine
-from serve.commit import source_commit
 from serve.config import EngineConfig
 from serve.engine import Engine, Observer
 from serve.engine_api import EngineFailed, Role, Tokens

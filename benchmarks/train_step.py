@@ -37,7 +37,7 @@ def main() -> None:
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, shape, np.int32)
     segments = np.broadcast_to(np.arange(args.seq_len) // length + 1, shape).astype(np.int32)
     positions = np.broadcast_to(np.arange(args.seq_len) % length, shape).astype(np.int32)
-    batch = place_batch(Batch(tokens, segments, positions), recipe)
+    batch = place_batch(Batch(tokens, segments, positions), recipe.sharding)
 
     state, times = init_state(recipe, 0), []
     for _ in range(args.steps + 6):  # the first compiles, five more warm up

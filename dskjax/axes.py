@@ -7,6 +7,8 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from pallas_kernels.quant import QTensor
+
 LOGICAL_AXES = {
     "batch": "sequences of a batch, or the flat token rows of a ragged one",
     "sequence": "tokens of a sequence",
@@ -96,11 +98,43 @@ class Sharding:
         """Pins an activation's sharding inside jit."""
         return jax.lax.with_sharding_constraint(x, self.of(axes, x.shape))
 
-    def params(self, specs: Any) -> Any:
-        """Tree of shardings for a tree of `WeightSpec`."""
-        return jax.tree.map(
-            lambda s: self.of(s.axes, s.shape), specs, is_leaf=lambda s: hasattr(s, "axes")
-        )
+    def quantised(self, axes: tuple[str | None, ...], q: QTensor) -> QTensor:
+        """NamedShardings of a QTensor's values and scales, in a QTensor of the same structure.
+
+        Scales are split like the values where every part holds whole blocks, else they stay whole:
+        there are few of them.
+
+        Args:
+            axes: logical axes of the weight [..., N, K].
+            q: the weight; its shapes are enough.
+        """
+        spec = self.rules.spec(axes)
+        blocks = (*(1 for _ in axes[:-2]), *q.block)
+        parts = [
+            part if size % (self._ways(part) * block) == 0 else None
+            for size, block, part in zip(q.shape, blocks, spec, strict=True)
+        ]
+        scales = NamedSharding(self.mesh, PartitionSpec(*parts))
+        return dataclasses.replace(q, values=self.of(axes, q.values.shape), scales=scales)
+
+    def params(self, specs: Any, params: Any = None) -> Any:
+        """Tree of shardings for a tree of `WeightSpec`.
+
+        Args:
+            specs: the weights as declared.
+            params: the weights themselves or their shapes; needed when some are QTensors, whose
+                scales are split otherwise than their values.
+        """
+
+        def one(spec: Any, value: Any) -> Any:
+            if isinstance(value, QTensor):
+                return self.quantised(spec.axes, value)
+            return self.of(spec.axes, spec.shape)
+
+        is_spec = lambda s: hasattr(s, "axes")  # noqa: E731
+        if params is None:
+            return jax.tree.map(lambda s: one(s, None), specs, is_leaf=is_spec)
+        return jax.tree.map(one, specs, params, is_leaf=is_spec)
 
     def _ways(self, part: str | tuple[str, ...] | None) -> int:
         ways = 1

@@ -10,9 +10,19 @@ import dataclasses
 import math
 from typing import Any, Literal
 
-TopkMethod = Literal["greedy", "noaux_tc"]
+TopkMethod = Literal["greedy", "group_limited_greedy", "noaux_tc"]
 ScoringFunc = Literal["softmax", "sigmoid"]
 MtpScheme = Literal["chain", "recycled"]
+ModelType = Literal["deepseek_v2", "deepseek_v3", "kimi_k2"]
+
+GATES: dict[TopkMethod, ScoringFunc] = {
+    "noaux_tc": "sigmoid",
+    "greedy": "softmax",
+    "group_limited_greedy": "softmax",
+}
+"""How each gate scores experts. noaux_tc: V3 family, Moonlight, Kimi-K2; greedy: V2-Lite;
+group_limited_greedy: V2.
+"""
 
 
 def _positive(part: Any, *names: str) -> None:
@@ -80,24 +90,22 @@ class MoeConfig:
         )
         if self.n_shared_experts < 0:
             raise ValueError(f"{self.n_shared_experts=} must not be negative")
-        if (self.topk_method, self.scoring_func) not in (
-            ("greedy", "softmax"),
-            ("noaux_tc", "sigmoid"),
-        ):
+        if GATES.get(self.topk_method) != self.scoring_func:
+            known = ", ".join(f"{method} with {score}" for method, score in GATES.items())
             raise ValueError(
                 f"{self.topk_method=} with {self.scoring_func=} is not a supported gate; "
-                "supported: noaux_tc with sigmoid (V3 family), greedy with softmax (V2-Lite)"
+                f"supported: {known}"
             )
-        if self.topk_method == "greedy" and self.norm_topk_prob:
+        if self.scoring_func == "softmax" and self.norm_topk_prob:
             raise ValueError(
-                "norm_topk_prob=true with topk_method='greedy' is not supported: implementations "
-                "disagree on it"
+                f"norm_topk_prob=true with topk_method={self.topk_method!r} is not supported: "
+                "implementations disagree on it"
             )
         if self.n_routed_experts % self.n_group:
             raise ValueError(f"{self.n_routed_experts=} must be a multiple of {self.n_group=}")
         if self.topk_group > self.n_group:
             raise ValueError(f"{self.topk_group=} must not exceed {self.n_group=}")
-        groups = self.topk_group if self.topk_method == "noaux_tc" else self.n_group
+        groups = self.n_group if self.topk_method == "greedy" else self.topk_group
         allowed = self.n_routed_experts // self.n_group * groups
         if self.num_experts_per_tok > allowed:
             raise ValueError(
@@ -194,11 +202,11 @@ class MtpConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A DeepSeek-V2-Lite or V3 family model. Field names are those of the Hugging Face
+    """A model of DeepSeek's V2 or V3 architecture. Field names are those of the Hugging Face
     `config.json`.
     """
 
-    model_type: Literal["deepseek_v2", "deepseek_v3"]
+    model_type: ModelType
     vocab_size: int
     hidden_size: int
     intermediate_size: int

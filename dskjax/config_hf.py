@@ -8,10 +8,31 @@ import dataclasses
 import math
 from typing import Any
 
-from dskjax.config import MlaConfig, ModelConfig, MoeConfig, MtpConfig, RopeConfig, YarnConfig
+from dskjax.config import (
+    GATES,
+    MlaConfig,
+    ModelConfig,
+    ModelType,
+    MoeConfig,
+    MtpConfig,
+    RopeConfig,
+    YarnConfig,
+)
+
+_GENERIC_FIELDS = """
+bad_words_ids begin_suppress_tokens cross_attention_hidden_size decoder_start_token_id
+diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
+exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id is_decoder
+length_penalty max_length min_length no_repeat_ngram_size num_beam_groups num_beams
+num_return_sequences output_scores prefix remove_invalid_values repetition_penalty
+return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature
+tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torchscript typical_p use_bfloat16
+""".split()
+"""Of every config in transformers 4, written out in some files: how to generate, how to train."""
 
 IGNORED_FIELDS = frozenset(
     {
+        *_GENERIC_FIELDS,
         "architectures",
         "auto_map",
         "aux_loss_alpha",  # training only
@@ -39,20 +60,36 @@ IGNORED_FIELDS = frozenset(
 )
 """Fields of public `config.json` files that do not change what the model computes."""
 
+_INDEXER = (
+    "DeepSeek-V3.2 needs the lightning indexer (sparse attention), which dskjax does not have"
+)
+_COMPRESSED = (
+    "DeepSeek-V4 is not MLA (shared-KV attention with compressed layers), which dskjax does not "
+    "have"
+)
+_VISION = "it is a vision-language model, and dskjax has no vision tower"
+
 UNSUPPORTED_MODEL_TYPES = {
-    "deepseek_v32": (
-        "DeepSeek-V3.2 needs the lightning indexer (sparse attention), which dskjax does not have"
-    ),
-    "deepseek_v4": (
-        "DeepSeek-V4 is not MLA (shared-KV attention with compressed layers), which dskjax does "
-        "not have"
-    ),
-    "kimi_k2": "Kimi-K2's tokenizer and presets are not part of this release",
+    "deepseek_v32": _INDEXER,
+    "deepseek_v4": _COMPRESSED,
+    "kimi_k25": _VISION,
+    "kimi_vl": _VISION,
+    "deepseek_vl_v2": _VISION,
+    "kimi_linear": "Kimi-Linear has linear attention layers (KDA), which dskjax does not have",
     "deepseek": "the first DeepSeek-MoE has no latent attention",
 }
 """Model types recognised by name, with what is missing."""
 
-_ARCHITECTURES = {"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"}
+UNSUPPORTED_FIELDS = {"compress_ratios": _COMPRESSED, "index_topk": _INDEXER}
+"""Fields that give such a model away under a supported model type, with what is missing; V4 has
+both.
+"""
+
+_ARCHITECTURES: dict[ModelType, str] = {
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "kimi_k2": "DeepseekV3ForCausalLM",  # as published: Kimi-K2 has V3's architecture
+}
 _MISSING = object()
 
 
@@ -121,14 +158,7 @@ def from_hf(config: dict[str, Any]) -> ModelConfig:
     """
     fields = _Fields(dict(config))
     model_type = fields.take("model_type")
-    if str(model_type) not in _ARCHITECTURES:  # str: a list has no hash
-        reason = UNSUPPORTED_MODEL_TYPES.get(
-            str(model_type), "it is not a DeepSeek-V2-Lite or V3 family model"
-        )
-        raise NotImplementedError(
-            f"model_type {model_type!r} is not supported: {reason}. Supported: "
-            f"{', '.join(sorted(_ARCHITECTURES))}"
-        )
+    _refuse_unsupported(config)
     fields.expect("hidden_act", "silu")
     fields.expect("attention_bias", False)
     fields.expect("mlp_bias", False)
@@ -137,6 +167,8 @@ def from_hf(config: dict[str, Any]) -> ModelConfig:
     fields.expect("ep_size", 1)
     fields.expect("pretraining_tp", 1)
     fields.expect("mtp_hidden_states_first", False)
+    fields.expect("add_cross_attention", False)
+    fields.expect("pruned_heads", {}, None)
     heads = fields.integer("num_attention_heads")
     kv_heads = fields.integer("num_key_value_heads", heads)
     if kv_heads not in (heads, None):
@@ -200,15 +232,37 @@ def from_hf(config: dict[str, Any]) -> ModelConfig:
     return result
 
 
+def _refuse_unsupported(config: dict[str, Any]) -> None:
+    model_type, text = config["model_type"], config.get("text_config")
+    if str(model_type) not in _ARCHITECTURES:  # str: a list has no hash
+        reason = UNSUPPORTED_MODEL_TYPES.get(
+            str(model_type), "it is none of DeepSeek's V2 or V3 architecture"
+        )
+        if isinstance(text, dict):
+            inner = str(text.get("model_type"))
+            reason = f"it wraps a text model of type {inner!r} (text_config); {_VISION}"
+            if inner in UNSUPPORTED_MODEL_TYPES:
+                reason += f"; and {UNSUPPORTED_MODEL_TYPES[inner]}"
+        raise NotImplementedError(
+            f"model_type {model_type!r} is not supported: {reason}. Supported: "
+            f"{', '.join(sorted(_ARCHITECTURES))}"
+        )
+    for name, reason in UNSUPPORTED_FIELDS.items():
+        if config.get(name) is not None:
+            raise NotImplementedError(
+                f"config.json field {name!r} = {config[name]!r} is not supported: {reason}"
+            )
+
+
 def _dense_layers(fields: _Fields, layers: int, moe: MoeConfig | None) -> int:
     first = fields.integer(
-        "first_k_dense_replace", 0 if moe is None or moe.topk_method == "greedy" else _MISSING
+        "first_k_dense_replace", 0 if moe is None or moe.scoring_func == "softmax" else _MISSING
     )
     return layers if moe is None else min(first, layers)
 
 
-def _moe_from_hf(fields: _Fields, model_type: str) -> MoeConfig | None:
-    v3 = model_type == "deepseek_v3"
+def _moe_from_hf(fields: _Fields, model_type: ModelType) -> MoeConfig | None:
+    v3 = model_type != "deepseek_v2"
     if v3 and "n_routed_experts" not in fields.left:  # null says that there are none
         raise ValueError("config.json has no field 'n_routed_experts', which this model type needs")
     experts = fields.integer("n_routed_experts", None)
@@ -231,25 +285,30 @@ def _moe_from_hf(fields: _Fields, model_type: str) -> MoeConfig | None:
             fields.left.pop(name, None)
         return None
     topk_method = fields.take("topk_method", "noaux_tc" if v3 else "greedy")
-    if topk_method not in ("greedy", "noaux_tc"):
+    if str(topk_method) not in GATES:
         raise NotImplementedError(
             f"config.json field 'topk_method' = {topk_method!r} is not supported; supported: "
-            "noaux_tc, greedy"
+            f"{', '.join(GATES)}"
         )
-    # Hugging Face's class defaults are not the checkpoint's values: the V3 family must say them.
-    optional = () if v3 else (None,)
+    # Hugging Face's class defaults are not the checkpoint's values: all but V2-Lite must say them.
+    lite = topk_method == "greedy"
+    optional = (None,) if lite else ()
     return MoeConfig(
         n_routed_experts=experts,
         n_shared_experts=fields.integer("n_shared_experts", None) or 0,
         num_experts_per_tok=fields.integer("num_experts_per_tok"),
         moe_intermediate_size=fields.integer("moe_intermediate_size"),
-        n_group=fields.integer("n_group", *optional) or 1,
-        topk_group=fields.integer("topk_group", *optional) or 1,
+        n_group=_one_if_null(fields.integer("n_group", *optional)),
+        topk_group=_one_if_null(fields.integer("topk_group", *optional)),
         topk_method=topk_method,
-        scoring_func=fields.take("scoring_func", "sigmoid" if v3 else "softmax"),
-        norm_topk_prob=fields.boolean("norm_topk_prob", *(() if v3 else (False,))),
-        routed_scaling_factor=fields.number("routed_scaling_factor", *(() if v3 else (1.0,))),
+        scoring_func=fields.take("scoring_func", GATES[topk_method]),
+        norm_topk_prob=fields.boolean("norm_topk_prob", *((False,) if lite else ())),
+        routed_scaling_factor=fields.number("routed_scaling_factor", *((1.0,) if lite else ())),
     )
+
+
+def _one_if_null(groups: int | None) -> int:
+    return 1 if groups is None else groups
 
 
 def _rope_from_hf(fields: _Fields) -> RopeConfig:

@@ -188,7 +188,7 @@ def trunk(
     for name, experts in (("dense_layers", False), ("moe_layers", True)):
         if name in params:
             body = lambda x, w, e=experts: layer(x, w, e)  # noqa: E731
-            x, (residuals, chosen) = jax.lax.scan(_remat(body, remat), x, params[name])
+            x, (residuals, chosen) = jax.lax.scan(remat_of(body, remat), x, params[name])
             captured.append(residuals)
     hidden = final_norm(params, pin(x), cfg=cfg).reshape(*shape, -1)
     layers = jnp.concatenate(captured).reshape(-1, *shape, cfg.hidden_size) if capture else None
@@ -196,7 +196,8 @@ def trunk(
     return TrunkOutput(hidden, experts, layers, embedded)
 
 
-def _remat(body: Callable[..., Any], policy: Remat) -> Callable[..., Any]:
+def remat_of(body: Callable[..., Any], policy: Remat) -> Callable[..., Any]:
+    """`body`, recomputed in the backward pass as the policy says."""
     return body if policy is None else jax.checkpoint(body, policy=policy)
 
 
@@ -225,6 +226,7 @@ def mtp_chain(
     positions: Int[Array, "B T"] | None = None,
     impl: str = "auto",
     remat: Remat = None,
+    detach: bool = False,
 ) -> MtpOutput:
     """Runs MTP depths 1..`depths` over whole sequences, each fed by the one before (scheme A,
     "chain").
@@ -243,6 +245,7 @@ def mtp_chain(
         positions: see `trunk`.
         impl: implementation of every op.
         remat: checkpoint policy of each module.
+        detach: stop the gradient between depths: each trains on its own input only.
 
     Raises:
         ValueError: more depths than modules.
@@ -271,7 +274,9 @@ def mtp_chain(
     for k in range(1, depths + 1):
         weights = jax.tree.map(lambda w, k=k: w[k - 1], params["mtp_layers"])
         shifted = jnp.pad(tokens[:, k:], ((0, 0), (0, k)))
-        h, experts = _remat(module, remat)(weights, embed(params, shifted.reshape(-1)), h)
+        if detach:
+            h = jax.lax.stop_gradient(h)
+        h, experts = remat_of(module, remat)(weights, embed(params, shifted.reshape(-1)), h)
         out.hidden.append(h.reshape(*shape, -1))
         out.experts.append(experts.reshape(*shape, -1))
     return out

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dskjax.axes import check_axes
-from pallas_kernels.quant import QTensor
+from pallas_kernels.quant import QTensor, Weight
 
 Params = dict[str, Any]
 """Nested dict of arrays or QTensors, stacked over layers."""
@@ -131,6 +131,11 @@ def count(specs: Params) -> int:
     return sum(math.prod(spec.shape) for _, spec in named_leaves(specs))
 
 
+def nbytes(params: Params) -> int:
+    """Bytes of all arrays in a tree of weights or of their shapes; scales of QTensors included."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(params))
+
+
 def abstract(specs: Params, dtype: Any) -> Params:
     """`jax.ShapeDtypeStruct` for each spec; `dtype` where a weight does not fix its own."""
     return jax.tree.map(
@@ -152,27 +157,24 @@ def cast(params: Params, specs: Params, dtype: Any) -> Params:
 def unstack(params: Params) -> Params:
     """The same weights with every layer's as arrays of their own: stacks become tuples.
 
-    For serving on a GPU (see `dskjax.paged`); training and checkpoints want stacks. Stacked arrays
-    are dropped one by one, so if the caller keeps none of them this takes no more memory than the
-    largest.
+    For serving on a GPU (see `dskjax.paged`); training and checkpoints want stacks. While the
+    caller keeps the stacks there are two copies of the layers.
     """
     out = {}
     for name, group in params.items():
         if name not in ("dense_layers", "moe_layers", "mtp_layers") or isinstance(group, tuple):
             out[name] = group
             continue
-        leaves = dict(named_leaves(group))
-        layers: list[dict[str, jax.Array]] = [{} for _ in next(iter(leaves.values()))]
-        for path in list(leaves):
-            stack = leaves.pop(path)
-            for layer, part in zip(layers, _split(stack), strict=True):
-                layer[path] = part
-        out[name] = tuple(map(tree_of, layers))
+        parts = {path: _split(stack) for path, stack in named_leaves(group)}
+        out[name] = tuple(
+            tree_of(dict(zip(parts, layer, strict=True)))
+            for layer in zip(*parts.values(), strict=True)
+        )
     return out
 
 
 @jax.jit
-def _split(stack: jax.Array) -> tuple[jax.Array, ...]:
+def _split(stack: Weight) -> tuple[Weight, ...]:
     return tuple(stack[i] for i in range(stack.shape[0]))
 
 

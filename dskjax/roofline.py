@@ -13,8 +13,10 @@ from typing import Literal
 from dskjax.config import ModelConfig
 from dskjax.model import param_specs
 from dskjax.params import count, named_leaves
+from dskjax.presets import preset
 
 Experts = Literal["int4", "fp8", "bf16"]
+CacheLayout = Literal["bf16", "fp8_tensor", "fp8_tile"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,32 @@ EXPERT_BYTES: dict[Experts, float] = {
     "bf16": 2.0,
 }
 """Bytes of one routed expert weight, scales included."""
+
+
+def cache_bytes_per_token(
+    cfg: ModelConfig, layout: CacheLayout = "bf16", *, mtp: bool = True
+) -> int:
+    """Bytes the latent cache holds per token: a latent and a rope key per layer.
+
+    Args:
+        cfg: the model.
+        layout: "bf16"; "fp8_tensor": latent and rope key in e4m3, one scale for all (TensorRT-LLM);
+            "fp8_tile": latent in e4m3 with an fp32 scale per 128 channels, rope key in bf16
+            (FlashMLA, and our `kv_dtype="fp8"`).
+        mtp: count the layers of MTP modules.
+
+    Raises:
+        ValueError: an unknown layout.
+    """
+    latent, rope = cfg.mla.kv_lora_rank, cfg.mla.qk_rope_head_dim
+    layouts: dict[CacheLayout, int] = {
+        "bf16": 2 * (latent + rope),
+        "fp8_tensor": latent + rope,
+        "fp8_tile": latent + 4 * -(-latent // 128) + 2 * rope,
+    }
+    if layout not in layouts:
+        raise ValueError(f"cache layout {layout!r} must be one of {', '.join(layouts)}")
+    return layouts[layout] * (cfg.num_cache_layers if mtp else cfg.num_hidden_layers)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,7 +121,6 @@ class Parts:
         head: weights of the output head.
         linear_flops: operations per token in products with weights, head left out.
         core_flops: operations per token and cached token in attention.
-        cache_elements: cached elements per token, trunk layers only.
     """
 
     routed: int
@@ -101,7 +128,6 @@ class Parts:
     head: int
     linear_flops: int
     core_flops: int
-    cache_elements: int
 
 
 def parts(cfg: ModelConfig) -> Parts:
@@ -129,71 +155,88 @@ def parts(cfg: ModelConfig) -> Parts:
         head=cfg.vocab_size * cfg.hidden_size,
         linear_flops=2 * (other - vectors + chosen),
         core_flops=layers * 2 * heads * (2 * mla.kv_lora_rank + mla.qk_rope_head_dim),
-        cache_elements=layers * (mla.kv_lora_rank + mla.qk_rope_head_dim),
     )
 
 
-def decode_floor(
-    cfg: ModelConfig,
-    gpu: Gpu,
-    *,
+def roofline(
+    model: ModelConfig | str,
+    hw: Gpu | str,
     batch: int,
-    context: int,
+    ctx: int,
     ep: int = 1,
-    verify: int = 1,
+    m: int = 1,
+    *,
     experts: Experts = "int4",
-    cache_itemsize: int = 1,
+    cache: CacheLayout = "fp8_tensor",
     fp8_attention: bool = False,
 ) -> Floor:
     """Bounds one decode step.
 
     Args:
-        cfg: the model.
-        gpu: its peaks.
+        model: the model, or the name of its preset.
+        hw: peaks of the GPU, or its name in `GPUS`.
         batch: sequences per GPU.
-        context: cached tokens per sequence.
+        ctx: cached tokens per sequence.
         ep: GPUs that share the experts; each brings `batch` sequences of its own.
-        verify: tokens computed per sequence, 1 + drafts.
+        m: tokens verified per sequence, 1 + drafts.
         experts: format of the routed experts; all other weights are fp8, the head bf16.
-        cache_itemsize: bytes of a cached element.
+        cache: layout of the latent cache.
         fp8_attention: attention products in fp8 instead of bf16.
 
     Raises:
-        ValueError: a size below 1.
+        ValueError: an unknown name, or a size below 1.
     """
-    sizes = dict(batch=batch, context=context, ep=ep, verify=verify)
-    for name, value in sizes.items():
+    cfg, gpu = _model(model), _gpu(hw)
+    for name, value in dict(batch=batch, ctx=ctx, ep=ep, m=m).items():
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
     p = parts(cfg)
     hit = 0.0
     if cfg.moe is not None:
-        hit = 1 - (1 - cfg.moe.num_experts_per_tok / cfg.moe.n_routed_experts) ** (
-            batch * verify * ep
-        )
-    weights = p.routed * EXPERT_BYTES[experts] * hit / ep + p.other + 2 * p.head
-    tokens = batch * verify
+        chance = cfg.moe.num_experts_per_tok / cfg.moe.n_routed_experts
+        hit = 1 - (1 - chance) ** (batch * m * ep)
+    weights = p.routed * _expert_bytes(experts) * hit / ep + p.other + 2 * p.head
+    cached = batch * ctx * cache_bytes_per_token(cfg, cache, mtp=False)
     return Floor(
         weights=weights / gpu.bandwidth,
-        cache=batch * context * p.cache_elements * cache_itemsize / gpu.bandwidth,
-        linear=tokens * (p.linear_flops / gpu.fp8 + 2 * p.head / gpu.bf16),
-        core=tokens * context * p.core_flops / (gpu.fp8 if fp8_attention else gpu.bf16),
+        cache=cached / gpu.bandwidth,
+        linear=batch * m * (p.linear_flops / gpu.fp8 + 2 * p.head / gpu.bf16),
+        core=batch * m * ctx * p.core_flops / (gpu.fp8 if fp8_attention else gpu.bf16),
         batch=batch,
     )
 
 
 def memory_needed(
-    cfg: ModelConfig,
-    *,
+    model: ModelConfig | str,
     batch: int,
-    context: int,
+    ctx: int,
     ep: int = 1,
+    *,
     experts: Experts = "int4",
-    cache_itemsize: int = 1,
+    cache: CacheLayout = "fp8_tensor",
 ) -> float:
     """Bytes one GPU holds: weights with embedding and head in bf16, its experts, and its sequences'
-    cache.
+    cache. Arguments are those of `roofline`.
     """
+    cfg = _model(model)
     p = parts(cfg)
-    weights = p.routed * EXPERT_BYTES[experts] / ep + p.other + 4 * p.head
-    return weights + batch * context * p.cache_elements * cache_itemsize
+    weights = p.routed * _expert_bytes(experts) / ep + p.other + 4 * p.head
+    return weights + batch * ctx * cache_bytes_per_token(cfg, cache, mtp=False)
+
+
+def _model(model: ModelConfig | str) -> ModelConfig:
+    return preset(model) if isinstance(model, str) else model
+
+
+def _gpu(hw: Gpu | str) -> Gpu:
+    if isinstance(hw, Gpu):
+        return hw
+    if hw not in GPUS:
+        raise ValueError(f"unknown GPU {hw!r}; known: {', '.join(GPUS)}")
+    return GPUS[hw]
+
+
+def _expert_bytes(experts: Experts) -> float:
+    if experts not in EXPERT_BYTES:
+        raise ValueError(f"{experts=} must be one of {', '.join(EXPERT_BYTES)}")
+    return EXPERT_BYTES[experts]

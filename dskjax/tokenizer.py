@@ -1,13 +1,12 @@
 """Text to ids and back, the chat template, and streaming detokenisation.
 
-A thin layer over `tokenizers.Tokenizer` for the byte-level BPE files of the DeepSeek family. Ids
-of special tokens are looked up by their text, never written down: `</think>` is 128799 in V3 and
-something else in other members of the family. The chat format is whatever the checkpoint's own
-Jinja template says; nothing here knows it.
+A thin layer over `tokenizers.Tokenizer` for the byte-level BPE files of the DeepSeek family:
+`tokenizer.json`, or the `tiktoken.model` of Kimi-K2 and Moonlight. Ids of special tokens are looked
+up by their text, never written down: `</think>` is 128799 in V3 and something else in other members
+of the family. The chat format is whatever the checkpoint's own Jinja template says.
 """
 
 import codecs
-import datetime
 import functools
 import hashlib
 import json
@@ -15,12 +14,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.meta
-import jinja2.sandbox
 import numpy as np
 import tokenizers
+
+from dskjax import tiktoken
+from dskjax.byte_alphabet import unspell
+from dskjax.chat_template import ChatTemplate, no_template, python_encoder, read_template
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
@@ -29,6 +28,7 @@ USER = "<｜User｜>"
 ASSISTANT = "<｜Assistant｜>"
 THINK = "<think>"
 END_THINK = "</think>"
+IM_END = "<|im_end|>"  # of every turn in the conversations of Kimi-K2 and Moonlight
 
 
 class Tokenizer:
@@ -37,8 +37,9 @@ class Tokenizer:
     Attributes:
         vocab_size: one more than the largest token id (a model's `vocab_size` may be larger).
         bos_id, pad_id: None where the tokenizer has no such token.
-        eos_ids: every id that ends a generation, from `tokenizer_config.json` and
-            `generation_config.json`; never empty.
+        eos_ids: every id that ends a generation: the eos of `tokenizer_config.json`, the end of a
+            turn where that is a token of its own, and those of `generation_config.json`; never
+            empty.
         user_id, assistant_id, think_id, end_think_id: None where the token does not exist.
         chat_template: Jinja source, or None.
     """
@@ -50,8 +51,10 @@ class Tokenizer:
         config: Mapping[str, Any] | None = None,
         chat_template: str | None = None,
         eos_ids: Sequence[int] = (),
+        encoder: str | None = None,
         source: str = "tokenizer",
     ):
+        """`encoder` names the Python file that a checkpoint without a template renders with."""
         config = config or {}
         if "ByteLevel" not in _decoder_types(backend):
             raise ValueError(
@@ -60,6 +63,8 @@ class Tokenizer:
             )
         self.source = source
         self.chat_template = chat_template
+        self._encoder = encoder
+        self._sort_tools = tiktoken.is_moonshot(config)
         self._backend = backend
         self._added = backend.get_added_tokens_decoder()
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
@@ -80,8 +85,7 @@ class Tokenizer:
                 self._named[name] = default
         self.bos_id = self._named_id("bos_token")
         self.pad_id = self._named_id("pad_token")
-        eos = self._named_id("eos_token")
-        ends: list[int] = [] if eos is None else [eos]
+        ends = [i for i in (self._named_id("eos_token"), self.token_id(IM_END)) if i is not None]
         self.eos_ids = tuple(dict.fromkeys([*ends, *eos_ids]))
         if not self.eos_ids:
             raise ValueError(f"{source}: no end token: name eos_token in tokenizer_config.json")
@@ -94,25 +98,40 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | Path) -> "Tokenizer":
-        """Reads `tokenizer.json` and, where present, the config and template files beside it."""
+        """Reads `tokenizer.json` or `tiktoken.model`, and the config and template files beside it.
+
+        Nothing is written, and no Python file of the folder is run.
+
+        Raises:
+            FileNotFoundError: neither file is there, or what a `tiktoken.model` needs is not.
+            ValueError: a file is malformed, or of a kind that is not supported.
+        """
         directory = Path(directory)
-        path = directory / "tokenizer.json"
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path}: no such file; a checkpoint directory must hold tokenizer.json"
-            )
-        _read_json(path)  # for an error that names line and column
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{path}: not a tokenizer: {error}") from error
         config_path = directory / "tokenizer_config.json"
         config = _read_json(config_path) if config_path.is_file() else {}
+        path = directory / "tokenizer.json"
+        if path.is_file():
+            backend = _read_backend(path)
+        elif (directory / tiktoken.FILE).is_file():
+            path = directory / tiktoken.FILE
+            if not config_path.is_file():
+                raise FileNotFoundError(
+                    f"{config_path}: no such file; {path.name} holds no special tokens, they are "
+                    "named there"
+                )
+            backend = tiktoken.read_tiktoken(path, config)
+            config = {**tiktoken.NAMES, **config}
+        else:
+            raise FileNotFoundError(
+                f"{path}: no such file; a checkpoint directory must hold tokenizer.json or "
+                f"{tiktoken.FILE}"
+            )
         return cls(
             backend,
             config=config,
-            chat_template=_chat_template(directory, config),
+            chat_template=read_template(directory, config),
             eos_ids=_generation_eos(directory / "generation_config.json"),
+            encoder=python_encoder(directory),
             source=str(path),
         )
 
@@ -184,38 +203,33 @@ class Tokenizer:
 
         Args:
             messages: `{"role": ..., "content": ...}`; content is text or OpenAI text parts.
-            thinking: the template's `thinking` variable, left undefined if None. A template that
-                does not know it (see `supports_thinking`) ignores it.
+            thinking: for the template's switch, `thinking` or `enable_thinking`, which is left
+                undefined if None. A template without one (see `supports_thinking`) ignores it.
             add_generation_prompt: end with what makes the model answer.
             tools: tool schemas, for templates that use them.
             **variables: further variables of the template.
-        """
-        if self.chat_template is None:
-            raise ValueError(
-                f"{self.source}: no chat template (looked for chat_template.jinja and for "
-                "chat_template in tokenizer_config.json); give a plain prompt instead"
-            )
-        if not messages:
-            raise ValueError("a conversation needs at least one message")
-        if thinking is not None:
-            variables["thinking"] = thinking
-        try:
-            return self._template.render(
-                messages=[_checked_message(m, i) for i, m in enumerate(messages)],
-                add_generation_prompt=add_generation_prompt,
-                tools=tools,
-                **{**self._named, **variables},
-            )
-        except (jinja2.TemplateError, TypeError) as error:
-            raise ValueError(f"{self.source}: the chat template refused: {error}") from error
 
-    @functools.cached_property
+        Raises:
+            ValueError: there is no template, it refuses, or a message is malformed.
+        """
+        if self._template is None:
+            raise ValueError(no_template(self.source, self._encoder))
+        given = {"add_generation_prompt": add_generation_prompt, **self._named, **variables}
+        return self._template.render(messages, thinking=thinking, tools=tools, variables=given)
+
+    @property
     def supports_thinking(self) -> bool:
-        """Whether the chat template has a `thinking` switch."""
-        if self.chat_template is None:
-            return False
-        tree = _environment().parse(self.chat_template)
-        return "thinking" in jinja2.meta.find_undeclared_variables(tree)
+        """Whether the chat template has a switch for thinking."""
+        return self._template is not None and bool(self._template.switches)
+
+    def is_thinking(self, ids: Sequence[int]) -> bool:
+        """Whether what follows these ids is inside a thinking section.
+
+        So it is if their last thinking tag opens one, and no end of an answer came after it.
+        """
+        marks = {self.think_id, self.end_think_id, *self.eos_ids}
+        last = next((i for i in reversed(ids) if i in marks), None)
+        return last is not None and last == self.think_id
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -224,19 +238,19 @@ class Tokenizer:
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
     @functools.cached_property
-    def _template(self) -> jinja2.Template:
-        assert self.chat_template is not None
-        try:
-            return _environment().from_string(self.chat_template)
-        except jinja2.TemplateSyntaxError as error:
-            raise ValueError(
-                f"{self.source}: chat template line {error.lineno}: {error.message}"
-            ) from error
+    def _template(self) -> ChatTemplate | None:
+        if self.chat_template is None:
+            return None
+        return ChatTemplate(self.chat_template, source=self.source, sort_tools=self._sort_tools)
 
     @functools.cached_property
     def _plain_backend(self) -> tokenizers.Tokenizer:
-        spec = json.loads(self._backend.to_str())
-        return tokenizers.Tokenizer.from_str(json.dumps({**spec, "added_tokens": []}))
+        """The backend without its added tokens."""
+        plain = tokenizers.Tokenizer(self._backend.model)
+        for part in ("normalizer", "pre_tokenizer", "decoder"):
+            if (value := getattr(self._backend, part)) is not None:
+                setattr(plain, part, value)
+        return plain
 
     def _named_id(self, name: str) -> int | None:
         return self.token_id(self._named[name]) if name in self._named else None
@@ -255,7 +269,7 @@ class Tokenizer:
         if token is None:
             raise ValueError(f"token id {token_id} is not used by {self.source}")
         try:
-            return bytes(_BYTE_OF[c] for c in token)
+            return unspell(token)
         except KeyError:
             return token.encode()  # not spelled in the byte alphabet: stands for itself
 
@@ -284,14 +298,15 @@ class IncrementalDecoder:
         return rest
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-ins for the 256 bytes, reversed."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-_BYTE_OF = _byte_alphabet()
+def _read_backend(path: Path) -> tokenizers.Tokenizer:
+    _read_json(path)  # for an error that names line and column
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{path}: not a tokenizer: {error}") from error
+    backend.no_truncation()  # a file may hold what its last user had set
+    backend.no_padding()
+    return backend
 
 
 def _decoder_types(backend: tokenizers.Tokenizer) -> set[str]:
@@ -322,28 +337,6 @@ def _token_text(value: Any, where: str) -> str:
     return value
 
 
-def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
-    """`chat_template.jinja` wins over the config key, which may be a list of named templates."""
-    path = directory / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, Mapping)}
-        if "default" not in named:
-            raise ValueError(
-                f"{directory / 'tokenizer_config.json'}: chat_template has no entry named default, "
-                f"found {sorted(map(str, named))}"
-            )
-        template = named["default"]
-    if template is not None and not isinstance(template, str):
-        raise ValueError(
-            f"{directory / 'tokenizer_config.json'}: chat_template must be text, "
-            f"found {type(template).__name__}"
-        )
-    return template
-
-
 def _generation_eos(path: Path) -> list[int]:
     eos = _read_json(path).get("eos_token_id") if path.is_file() else None
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
@@ -359,41 +352,3 @@ def _check_encodable(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"text is not valid Unicode: {error}") from error
-
-
-def _checked_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """A message with its content flattened to text (none is kept beside tool calls)."""
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise ValueError(f"messages[{index}]: expected an object with a role, found {message!r}")
-    content = message.get("content")
-    if isinstance(content, list):
-        for part in content:
-            if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
-                raise ValueError(
-                    f"messages[{index}]: only text parts are supported, found {part!r}"
-                )
-        content = "".join(part["text"] for part in content)
-    if content is None and message.get("tool_calls"):
-        return dict(message)  # templates test for none
-    if not isinstance(content, str):
-        raise ValueError(f"messages[{index}]: content must be text, found {content!r}")
-    return {**message, "content": content}
-
-
-@functools.cache
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    """What Hugging Face templates are written for, sandboxed: a template is untrusted input."""
-
-    def raise_exception(message: str):
-        raise jinja2.TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
-
-    env = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-    )
-    env.filters["tojson"] = tojson
-    env.globals["raise_exception"] = raise_exception
-    env.globals["strftime_now"] = lambda spec: datetime.datetime.now().strftime(spec)
-    return env

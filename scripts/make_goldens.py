@@ -14,7 +14,8 @@ For fuzzing, one more checkpoint with a random tiny config of a family, never co
 
 Each case (tests/goldens/cases.py) is a checkpoint folder in hub format (config.json, safetensors
 with one tensor per expert) plus golden.npz: what `DeepseekV3ForCausalLM`, `DeepseekV2ForCausalLM`
-and `MtpModel` give, eager, in float32. The script refuses to write a case unless all weights
+and `MtpModel` give, eager, in float32; from FP8 checkpoints (tests/goldens/fp8.py), what they give
+on the dequantised weights. The script refuses to write a case unless all weights
 arrived in the Hugging Face model, the float64 oracle (tests/goldens/oracle.py) agrees, and no
 choice (expert or greedy token) is near a tie; every mistake of `oracle.MISTAKES` must be seen by
 some case. What the arrays mean: tests/goldens/README.md.
@@ -23,11 +24,14 @@ some case. What the arrays mean: tests/goldens/README.md.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import math
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
@@ -38,7 +42,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from tests.goldens import oracle
+from tests.goldens import fp8, oracle
 from tests.goldens.cases import CASES, Case, Config, hub_config, random_case
 from tests.goldens.huggingface import (
     Tensors,
@@ -67,8 +71,9 @@ class UnusableDraw(Exception):
 def config_json(case: Case) -> Config:
     """config.json in the case's style; "v5" is what transformers itself saves."""
     if case.style == "hub":
-        return hub_config(case)
-    name = "DeepseekV3" if case.base["model_type"] == "deepseek_v3" else "DeepseekV2"
+        quantised = {"quantization_config": fp8.quantisation_config(case.ue8m0 is not None)}
+        return hub_config(case) | (quantised if case.fp8 else {})
+    name = "DeepseekV2" if case.base["model_type"] == "deepseek_v2" else "DeepseekV3"
     known = {k: v for k, v in case.base.items() if k != "model_type"}
     rope = {"rope_type": "yarn" if "factor" in case.rope else "default", **case.rope}
     config = getattr(transformers, name + "Config")(**known, rope_parameters=rope)
@@ -117,9 +122,27 @@ def save_shard(weights: Tensors, path: Path) -> None:
 
 
 def read_checkpoint(folder: Path) -> Tensors:
-    """All tensors of a checkpoint as float32."""
+    """All weights of a checkpoint as float32, dequantised."""
     files = sorted(folder.glob("*.safetensors"))
-    return {name: w.float() for file in files for name, w in load_file(file).items()}
+    return fp8.dequantise({name: w for file in files for name, w in load_file(file).items()})
+
+
+@contextlib.contextmanager
+def readable(
+    folder: Path, case: Case, cfg: Config, weights: Tensors
+) -> Iterator[tuple[Path, Config]]:
+    """The checkpoint and its config, or a copy for the while that transformers can read:
+    dequantised, and with the model type of V3 for Kimi-K2, as Moonshot's deployment guide says.
+    """
+    known = {name: value for name, value in cfg.items() if name != "quantization_config"}
+    if known["model_type"] == "kimi_k2":
+        known["model_type"] = "deepseek_v3"
+    if known == cfg:
+        yield folder, cfg
+        return
+    with tempfile.TemporaryDirectory() as copy:
+        write_checkpoint(Path(copy), dataclasses.replace(case, shards=1), known, weights)
+        yield Path(copy), known
 
 
 def depth_of(golden: Arrays) -> int:
@@ -127,16 +150,10 @@ def depth_of(golden: Arrays) -> int:
     return sum(key.startswith("mtp_logits_") for key in golden)
 
 
-def compute_golden(folder: Path, case: Case, cfg: Config, ids: np.ndarray) -> Arrays:
-    """Everything in golden.npz for a checkpoint already on disk.
-
-    Raises `UnusableDraw`, or AssertionError when Hugging Face and the oracle disagree.
-    """
-    weights = read_checkpoint(folder)
-    truth = oracle.Oracle({n: w.numpy() for n, w in weights.items()}, cfg).run(ids)
-    margins = {key: value.astype(np.float32) for key, value in truth.items() if "margin_" in key}
-    if min((value.min() for value in margins.values()), default=1.0) < MARGIN_LIMIT:
-        raise UnusableDraw
+def run_huggingface(
+    folder: Path, case: Case, cfg: Config, weights: Tensors, ids: np.ndarray
+) -> Arrays:
+    """What transformers computes on a checkpoint it can read."""
     model = load_model(folder, cfg, weights)
     torch_ids = torch.from_numpy(ids).long()
     golden: Arrays = {"ids": ids, **run_trunk(model, cfg, torch_ids)}
@@ -153,6 +170,21 @@ def compute_golden(folder: Path, case: Case, cfg: Config, ids: np.ndarray) -> Ar
                 raise AssertionError("a constant rope offset changed the MTP logits")
         if depth_of(golden) > 1 and case.prompt_len > depth_of(golden):
             check_drafting(model, golden, NOISE_LIMIT)
+    return golden
+
+
+def compute_golden(folder: Path, case: Case, cfg: Config, ids: np.ndarray) -> Arrays:
+    """Everything in golden.npz for a checkpoint already on disk.
+
+    Raises `UnusableDraw`, or AssertionError when Hugging Face and the oracle disagree.
+    """
+    weights = read_checkpoint(folder)
+    truth = oracle.Oracle({n: w.numpy() for n, w in weights.items()}, cfg).run(ids)
+    margins = {key: value.astype(np.float32) for key, value in truth.items() if "margin_" in key}
+    if min((value.min() for value in margins.values()), default=1.0) < MARGIN_LIMIT:
+        raise UnusableDraw
+    with readable(folder, case, cfg, weights) as (source, known):
+        golden = run_huggingface(source, case, known, weights, ids)
 
     noise = {
         key: oracle.worst_row(golden[key], value)
@@ -183,7 +215,9 @@ def build(case: Case, folder: Path) -> tuple[Config, Arrays]:
     cfg = config_json(case)
     for attempt in range(100):
         rng = np.random.default_rng([case.seed, attempt])
-        write_checkpoint(folder, case, cfg, cast(draw_weights(case, cfg, rng), case.dtype))
+        weights = cast(draw_weights(case, cfg, rng), case.dtype)
+        stored = fp8.quantise(weights, case.ue8m0) if case.fp8 else weights
+        write_checkpoint(folder, case, cfg, stored)
         ids = rng.integers(0, cfg["vocab_size"], case.shape).astype(np.int32)
         try:
             golden = compute_golden(folder, case, cfg, ids)

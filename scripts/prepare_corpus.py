@@ -28,9 +28,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dskjax.document_tokens import tokenise
+from dskjax.documents import SEPARATOR, iter_file, iter_records
 from dskjax.tokenizer import Tokenizer
-from train_mtp.documents import SEPARATOR, iter_file, iter_records
-from train_mtp.token_store import tokenise
 
 KINDS = ("code-python", "code-other", "tech-prose", "prose", "math")
 DROPPED_TASKS = {"gsm_symbolic"}
@@ -80,7 +80,7 @@ def count(path: Path, tokenizer: Tokenizer | None) -> dict[str, int]:
         sizes = [len(d.text.encode()) for d in iter_file(path)]
         return {"documents": len(sizes), "bytes": sum(sizes)}
     documents = n_bytes = tokens = 0
-    for document, ids in tokenise(iter_file(path, tokenizer=tokenizer), tokenizer):
+    for document, ids, _ in tokenise(iter_file(path, tokenizer=tokenizer), tokenizer):
         documents += 1
         n_bytes += len(document.text.encode())
         tokens += len(ids)

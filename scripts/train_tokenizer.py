@@ -20,7 +20,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dskjax import tokenizer as names
-from train_mtp.documents import iter_documents, iter_records
+from dskjax.documents import iter_documents, iter_records
 
 # The three patterns of DeepSeek-V3's tokenizer.json.
 PATTERNS = (

@@ -81,6 +81,8 @@ class Admission:
             return None
         config, form = self._config, self._books.engines[attempt.decode].compat
         layerwise = attempt.prompt - hit >= config.layerwise_tokens
+        if attempt.record.request.scored:  # layer groups do not score
+            layerwise = False
         return Ticket(
             request_id=attempt.record.request.id,
             generation=attempt.record.generation,

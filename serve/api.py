@@ -29,6 +29,8 @@ class GenerateOptions:
         thinking: the rendered prompt ends inside a thinking section.
         split_reasoning: put what is inside thinking into `Output.reasoning`, without the tags.
         echo_special: keep special tokens in the text.
+        echo: put the prompt in front of each answer, with `sampling.prompt_logprobs` among the
+            log-probabilities too.
     """
 
     sampling: SamplingOptions
@@ -41,15 +43,16 @@ class GenerateOptions:
     thinking: bool = False
     split_reasoning: bool = False
     echo_special: bool = False
+    echo: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TextLogprob:
-    """A token's text, its bytes and its log-probability."""
+    """A token's text, its bytes and its log-probability: None for a prompt's first token."""
 
     token: str
     bytes: list[int]
-    logprob: float
+    logprob: float | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -90,10 +93,12 @@ class Output:
 
     Attributes:
         index: which of the n answers.
-        text: new text; empty while a character or a possible stop string is held back.
+        text: new text; empty while a character or a possible stop string is held back. With `echo`
+            the first piece's begins with the prompt.
         reasoning: new text of the thinking section, with `split_reasoning`.
         token_ids: new ids.
-        logprobs: one entry per id of `token_ids`, if asked for.
+        logprobs: one entry per id of `token_ids`, if asked for; with `echo` those of the first
+            piece are preceded by one per id of the prompt.
         finish: set on the last piece.
         stop_reason: the stop string or stop id that ended it; None for an eos.
         message: what went wrong, with FinishReason.ERROR.

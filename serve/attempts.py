@@ -191,13 +191,25 @@ class Attempt:
     failed: bool = True
 
 
-def copy_request(request: Request, id: str, *, prefill_only: bool = False) -> Request:
-    """A request for one engine, which begins with all tokens that are known."""
+def copy_request(
+    request: Request, id: str, *, prefill_only: bool = False, scored: bool = True
+) -> Request:
+    """A request for one engine, which begins with all tokens that are known.
+
+    Args:
+        request: the client's.
+        id: of the attempt.
+        prefill_only: see `Request`.
+        scored: the engine computes the prompt, and scores it if that is still to be done.
+    """
+    sampling = request.sampling
+    if not (scored and request.scored):
+        sampling = dataclasses.replace(sampling, prompt_logprobs=None)
     copy = Request(
         id,
         request.tokens[: request.prompt_len],
         stop=request.stop,
-        sampling=request.sampling,
+        sampling=sampling,
         accept=request.accept,
         drafts=request.drafts,
         priority=request.priority,
@@ -243,12 +255,13 @@ class Books:
         self.attempts: dict[str, Attempt] = {}
         self.history: deque[Summary] = deque(maxlen=history)
 
-    def begin(self, record: Record, decode: str) -> Attempt:
-        """A new attempt, with the next generation."""
+    def begin(self, record: Record, decode: str, prefill: str = "") -> Attempt:
+        """A new attempt, with the next generation; `prefill` is empty if one engine does it all."""
         record.generation += 1
-        request = record.request
+        request, known = record.request, len(record.request.tokens)
         id = attempt_id(request.id, record.generation)
-        attempt = Attempt(id, record, decode, copy_request(request, id), len(request.tokens))
+        copy = copy_request(request, id, scored=not prefill)
+        attempt = Attempt(id, record, decode, copy, known, prefill)
         record.attempt = self.attempts[id] = attempt
         return attempt
 

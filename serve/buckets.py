@@ -33,6 +33,7 @@ class Bucket:
         drafts: drafts verified a step.
         columns: pages of the longest sequence.
         variant: what decoding rows may ask for.
+        scored: log-probabilities of the prompt rows' next tokens come out.
     """
 
     batch: int
@@ -41,6 +42,7 @@ class Bucket:
     drafts: int
     columns: int
     variant: Variant = Variant.FULL
+    scored: bool = False
 
     @property
     def tokens(self) -> int:
@@ -52,7 +54,7 @@ class Bucket:
         if self.batch:
             parts.append(f"decode {self.batch}x{1 + self.drafts}")
         if self.chunks:
-            parts.append(f"prefill {self.chunks}x{self.length}")
+            parts.append(f"{'scored ' * self.scored}prefill {self.chunks}x{self.length}")
         kind = f", {self.variant.name.lower()}" if self.batch else ""
         return " + ".join(parts) + f", {self.columns} pages{kind}"
 
@@ -69,6 +71,8 @@ class Buckets:
         mixed: prompt rows may share a program with decoding rows (of the largest batch); otherwise
             they are launched one after another.
         variants: of decoding, rising.
+        scored: prompt rows may be scored. Beside decoding rows only in the largest variant, which
+            serves them all: scored prompts are seldom followed by long answers.
 
     Raises:
         ValueError: an empty or unsorted list, or a size below 1.
@@ -80,6 +84,7 @@ class Buckets:
     columns: tuple[int, ...]
     mixed: bool = False
     variants: tuple[Variant, ...] = (Variant.FULL,)
+    scored: bool = False
 
     def __post_init__(self):
         for name in ("batches", "drafts", "columns"):
@@ -100,10 +105,11 @@ class Buckets:
         mixed: bool = False,
         few: bool = False,
         extras: bool = True,
+        scored: bool = False,
     ) -> "Buckets":
         """A ladder by factors of 4 below the largest sizes; `few` compiles only the largest of
         each, and one shape for short prompts. Without `extras` nothing compiles what only FULL
-        has.
+        has, without `scored` no prompt can be scored.
         """
         steps = 1 if few else 4
         kinds = (Variant.FULL,) if few and extras else tuple(Variant)
@@ -116,6 +122,7 @@ class Buckets:
             columns=_ladder(columns, 1 if few else 3, smallest=8),
             mixed=mixed,
             variants=tuple(v for v in kinds if extras or v is not Variant.FULL),
+            scored=scored,
         )
 
     @property
@@ -127,22 +134,28 @@ class Buckets:
         """Every program, largest first."""
         found = []
         for columns in self.columns:
-            for shape in self.chunk_shapes:
-                found.append(Bucket(0, *shape, 0, columns))
             for drafts, variant in itertools.product(self.drafts, self.variants):
-                shapes = [(batch, 0, 0) for batch in self.batches]
-                if self.mixed:
-                    shapes += [(self.batches[-1], *shape) for shape in self.chunk_shapes]
-                found += [Bucket(*shape, drafts, columns, variant) for shape in shapes]
-        return sorted(found, key=lambda b: (b.tokens * b.columns, b), reverse=True)
+                found += [Bucket(batch, 0, 0, drafts, columns, variant) for batch in self.batches]
+            for shape, scored in itertools.product(self.chunk_shapes, (False, self.scored)):
+                found.append(Bucket(0, *shape, 0, columns, scored=scored))
+                if not self.mixed:
+                    continue
+                size, kinds = (self.batches[-1], *shape), self.beside(scored)
+                for drafts, variant in itertools.product(self.drafts, kinds):
+                    found.append(Bucket(*size, drafts, columns, variant, scored))
+        return sorted(set(found), key=lambda b: (b.tokens * b.columns, b), reverse=True)
+
+    def beside(self, scored: bool) -> tuple[Variant, ...]:
+        """Variants of decoding rows that share a program with prompt rows."""
+        return self.variants[-1:] if scored else self.variants
 
     def fit_columns(self, columns: int) -> int:
         """The narrowest page table that holds `columns` pages."""
         return next(width for width in self.columns if width >= columns)
 
-    def fit_variant(self, needed: Variant) -> Variant:
-        """The smallest variant that has what `needed` has."""
-        return min(variant for variant in self.variants if variant >= needed)
+    def fit_variant(self, needed: Variant, *, scored: bool = False) -> Variant:
+        """The smallest variant that has what `needed` has; `scored`: beside scored prompt rows."""
+        return min(variant for variant in self.beside(scored) if variant >= needed)
 
     def fit_batch(self, rows: int) -> int:
         """The smallest batch that holds `rows`."""

@@ -155,6 +155,7 @@ def build_engine(
         mixed=config.mixed,
         few=config.few_buckets,
         extras=config.extras,
+        scored=config.prompt_logprobs,
     )
     params = _place_params(model, placement.devices)
     if config.unroll:
@@ -213,7 +214,7 @@ def _place_params(model: Model, devices: Sequence[Any]) -> Params:
     if len(devices) == 1:
         return jax.device_put(model.params, devices[0])
     split = preset("tensor", make_mesh(tp=len(devices), devices=devices))
-    return jax.device_put(model.params, split.params(param_specs(model.cfg)))
+    return jax.device_put(model.params, split.params(param_specs(model.cfg), model.params))
 
 
 def _empty_slots(

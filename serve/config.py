@@ -79,6 +79,8 @@ class EngineConfig:
         mixed: prompt rows share a program with decoding rows.
         extras: serve rules other than `accept`, penalties, logit biases, min_tokens and
             log-probabilities; without, such requests are refused and fewer programs compiled.
+        prompt_logprobs: serve log-probabilities of prompts, for which every program with prompt
+            rows is compiled once more; without, requests for them are refused.
         unroll: unstack the layers' weights (`dskjax.params.unstack`): slower to compile, and on a
             GPU much faster to run.
         memory_fraction: of a device's memory that weights, cache and scratch may take together.
@@ -106,6 +108,7 @@ class EngineConfig:
     few_buckets: bool = False
     mixed: bool = False
     extras: bool = True
+    prompt_logprobs: bool = False
     unroll: bool = False
     memory_fraction: float = 0.9
     max_waiting: int = 1024

@@ -315,6 +315,7 @@ class Engine:
                             event.logprobs,
                             event.finish,
                             event.stop_token,
+                            event.prompt_logprobs,
                         )
                     )
             events = [event for event in events if not event.request.prefill_only]
@@ -322,6 +323,11 @@ class Engine:
             self._post(Tokens(self.name, events))
 
     def _add(self, request: Request) -> None:
+        if request.empty:
+            scores = [] if request.scored else None
+            end = TokenEvent(request, [], FinishReason.LENGTH, prompt_logprobs=scores)
+            self._untold.append(end)
+            return
         try:
             self.scheduler.add(request, self._clock())
         except (ValueError, OverloadedError) as error:

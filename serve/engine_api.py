@@ -90,10 +90,11 @@ class Held:
     Attributes:
         engine: which.
         request_id: the attempt's id.
-        tokens: the first new token.
+        tokens: the first new token; none of a request that wants none.
         logprobs: of it, if asked for.
         finish: why the request ended with it, or None.
         stop_token: the id that ended it, if one did.
+        prompt_logprobs: of the prompt, if asked for.
     """
 
     engine: str
@@ -102,6 +103,18 @@ class Held:
     logprobs: list[TokenLogprob] | None = None
     finish: FinishReason | None = None
     stop_token: int | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
+
+    def event(self, request: Request) -> TokenEvent:
+        """What a client is told of it, whose request is `request`."""
+        return TokenEvent(
+            request,
+            self.tokens,
+            self.finish,
+            self.logprobs,
+            self.stop_token,
+            prompt_logprobs=self.prompt_logprobs,
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -191,7 +204,8 @@ class EngineHandle(Protocol):
         ...
 
     def submit_prefill(self, request: Request, ticket: Ticket) -> None:
-        """Prefills all known tokens, makes one new token and pushes the pages of the ticket.
+        """Prefills all known tokens, makes one new token and pushes the pages of the ticket; of a
+        request that wants no token it pushes nothing.
 
         `request.prefill_only` is set and `request.id` is the ticket's transfer id. The pages stay
         until `release`. A push that is not taken is nothing to act on. Answers: Held, or Tokens

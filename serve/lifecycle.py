@@ -224,8 +224,8 @@ class Lifecycle:
         if not start.prefill:
             self._serve(record, start.engine)
             return True
-        attempt = self.books.begin(record, start.engine)
-        attempt.prefill, attempt.pending = start.prefill, attempt.prompt  # until D answers
+        attempt = self.books.begin(record, start.engine, start.prefill)
+        attempt.pending = attempt.prompt  # until D answers
         self._wait(record, Phase.RESERVING, self.config.reserve_timeout)
         self.books.engines[start.engine].reserve(attempt.copy)
         return True
@@ -279,9 +279,7 @@ class Lifecycle:
         assert attempt.prefill_copy is not None
         copy_back(record.request, attempt.prefill_copy)
         record.request.tokens.extend(event.tokens)
-        self._out.append(
-            TokenEvent(record.request, event.tokens, event.finish, event.logprobs, event.stop_token)
-        )
+        self._out.append(event.event(record.request))
         if event.finish is not None:
             self._close(record, event.finish)
             self._give_up(attempt, failed=False)
@@ -389,7 +387,7 @@ class Lifecycle:
         self._close(record, FinishReason.ERROR, message)
 
     def _close(self, record: Record, finish: FinishReason, message: str = "") -> None:
-        if finish in (FinishReason.STOP, FinishReason.LENGTH):
+        if finish in (FinishReason.STOP, FinishReason.LENGTH) and record.request.emitted:
             self.router.lengths.observe(record.request.priority, record.request.emitted)
         self.books.close(record, finish, message)
 

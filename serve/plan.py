@@ -8,6 +8,7 @@ was known one step earlier; device state (last token, length, drafts) never pass
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -69,6 +70,7 @@ class StepResult(NamedTuple):
         offered: int32 [n], drafts that were tested.
         finished: bool [n], the row ended on the device in this step: eos, stop token or max_tokens.
         logprobs: None if no row wanted them.
+        prompt_logprobs: of the chunks of scored requests, those of the token after each row.
     """
 
     tokens: np.ndarray
@@ -77,10 +79,14 @@ class StepResult(NamedTuple):
     offered: np.ndarray
     finished: np.ndarray
     logprobs: "StepLogprobs | None" = None
+    prompt_logprobs: "Sequence[tuple[Chunk, StepLogprobs]]" = ()
 
 
 class StepLogprobs(NamedTuple):
-    """float32 [n, m + 1] of the new tokens, and the best ids and their values, [n, m + 1, 20]."""
+    """float32 [n, m + 1] of the new tokens, and the best ids and their values, [n, m + 1, 20].
+
+    Of a chunk: [length] and [length, 20].
+    """
 
     chosen: np.ndarray
     top_ids: np.ndarray
@@ -104,6 +110,8 @@ class TokenEvent(NamedTuple):
         logprobs: one entry a token if the request asked for them.
         stop_token: the id that ended it, if one did.
         message: what went wrong, with FinishReason.ERROR.
+        prompt_logprobs: with the first tokens of a scored request, or with its end without any: one
+            entry a token of the prompt, from the second on.
     """
 
     request: Request
@@ -112,6 +120,7 @@ class TokenEvent(NamedTuple):
     logprobs: list[TokenLogprob] | None = None
     stop_token: int | None = None
     message: str = ""
+    prompt_logprobs: list[TokenLogprob] | None = None
 
 
 @runtime_checkable

@@ -22,7 +22,7 @@ from dskjax.decode.logits import Logprobs
 from dskjax.decode.rows import DecodeRows, PrefillRows, StepOutput
 from dskjax.decode.rules import RuleOptions
 from dskjax.decode.slots import Slots, admit, set_said
-from dskjax.decode.step import DecodeConfig, step
+from dskjax.decode.step import DecodeConfig, scored_step
 from dskjax.params import Params
 from serve.buckets import Bucket, Buckets, Variant
 from serve.plan import Chunk, StepPlan
@@ -40,11 +40,13 @@ class Packed(NamedTuple):
         rows: i32 [B, m + 1 + 4]: tokens, then count, accepted, offered, finished.
         overlap: f32 [B, m].
         logprobs: read only if a row wants them.
+        prompt_logprobs: of scored prompt rows.
     """
 
     rows: jax.Array
     overlap: jax.Array
     logprobs: Logprobs | None
+    prompt_logprobs: Logprobs | None
 
 
 def packed_step(
@@ -55,21 +57,22 @@ def packed_step(
     *,
     cfg: ModelConfig,
     config: DecodeConfig,
-) -> tuple[Slots, Packed | jax.Array]:
-    """`dskjax.decode.step` with its output packed; a step of prompt rows alone gives a receipt,
-    something small that is ready when the step is.
+) -> tuple[Slots, Packed | Logprobs | jax.Array]:
+    """`dskjax.decode.scored_step` with its output packed; a step of prompt rows alone gives their
+    log-probabilities or, if nobody wants any, something else that is small and ready when the step
+    is.
     """
-    state, output = step(params, state, decode, prefill, cfg=cfg, config=config)
-    if output is None:
-        assert prefill is not None
-        return state, jnp.sum(prefill.query_lens)
-    return state, _pack(output)
+    state, output, scores = scored_step(params, state, decode, prefill, cfg=cfg, config=config)
+    if output is not None:
+        return state, _pack(output, scores)
+    assert prefill is not None
+    return state, jnp.sum(prefill.query_lens) if scores is None else scores
 
 
-def _pack(out: StepOutput) -> Packed:
+def _pack(out: StepOutput, scores: Logprobs | None) -> Packed:
     columns = [out.count, out.accepted, out.offered, out.finished.astype(jnp.int32)]
     rows = jnp.concatenate([out.tokens, jnp.stack(columns, axis=1)], axis=1)
-    return Packed(rows, out.overlap, out.logprobs)
+    return Packed(rows, out.overlap, out.logprobs, scores)
 
 
 class Programs:
@@ -165,8 +168,8 @@ class Programs:
             scale = np.ones(self.config.spec.drafts, np.float32)
             decode = decode_rows(nobody, table, bucket.batch, columns, scale)
         if bucket.chunks:
-            shape = (bucket.chunks, bucket.length)
-            prefill = prefill_rows([], table, shape, columns, self.config.spec.depths)
+            shape, depths = (bucket.chunks, bucket.length), self.config.spec.depths
+            prefill = prefill_rows([], table, shape, columns, depths, bucket.scored)
         return decode, prefill
 
     def _keep(self, bucket: Bucket, compiled: Any) -> None:
@@ -236,18 +239,20 @@ def launches(
     """How a plan's decoding rows and some chunks are spread over programs: (bucket, whether it
     decodes, indices of its chunks).
 
-    Decoding rows come first, together with the largest group of chunks if the buckets mix.
+    Decoding rows come first, together with the largest group of chunks if the buckets mix. A group
+    is scored if one of its requests is.
     """
-    columns, variant = buckets.fit_columns(plan.columns), buckets.fit_variant(needed)
-    groups = buckets.group([chunk.length for chunk in chunks])
-    rows = len(plan.requests)
+    columns, rows = buckets.fit_columns(plan.columns), len(plan.requests)
+    groups = [
+        (shape, members, any(chunks[i].request.scored for i in members))
+        for shape, members in buckets.group([chunk.length for chunk in chunks])
+    ]
     if rows:
+        size, members, scored = (buckets.fit_batch(rows), 0, 0), [], False
         if buckets.mixed and groups:
-            shape, members = groups.pop(0)
+            shape, members, scored = groups.pop(0)
             size = (buckets.batches[-1], *shape)
-            yield Bucket(*size, plan.drafts, columns, variant), True, members
-        else:
-            size = (buckets.fit_batch(rows), 0, 0)
-            yield Bucket(*size, plan.drafts, columns, variant), True, []
-    for shape, members in groups:
-        yield Bucket(0, *shape, 0, columns), False, members
+        variant = buckets.fit_variant(needed, scored=scored)
+        yield Bucket(*size, plan.drafts, columns, variant, scored), True, members
+    for shape, members, scored in groups:
+        yield Bucket(0, *shape, 0, columns, scored=scored), False, members

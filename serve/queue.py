@@ -9,6 +9,7 @@ import bisect
 from collections import OrderedDict
 
 from serve.blocks import Chain
+from serve.plan import TokenLogprob
 from serve.request import Request
 from serve.scheduler_config import SchedulerConfig
 
@@ -29,12 +30,15 @@ class Entry:
         urgent: goes to the head of its priority.
         requeue: preempted; waits again when its last step is over.
         round, since: the round and time from which its waiting counts.
+        prompt_logprobs: of a scored request, what is known of its prompt's tokens from the second
+            on.
     """
 
     __slots__ = (
         "chain",
         "key",
         "number",
+        "prompt_logprobs",
         "request",
         "requeue",
         "round",
@@ -55,6 +59,7 @@ class Entry:
         self.requeue = False
         self.round = 0
         self.since = 0.0
+        self.prompt_logprobs: list[TokenLogprob] = []
 
     @property
     def rank(self) -> tuple[int, float, int]:

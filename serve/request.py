@@ -59,6 +59,7 @@ class SamplingOptions:
         seed: same seed, same prompt, same options: same text under `strict` and greedy decoding.
         logprobs: None for none; n for the chosen token's and the n best ones'. Of the model's own
             distribution, before temperature, penalties and truncation.
+        prompt_logprobs: the same for the tokens of the prompt, from the second on.
 
     Raises:
         ValueError: a value is out of range.
@@ -74,6 +75,7 @@ class SamplingOptions:
     logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self):
         _check("temperature", self.temperature, 0, 100, "use a number from 0 (greedy) to 100")
@@ -84,8 +86,9 @@ class SamplingOptions:
         _check("frequency_penalty", self.frequency_penalty, -2, 2, "use -2 to 2")
         _check("repetition_penalty", self.repetition_penalty, 0.01, 100, "use 0.01 to 100; 1 = off")
         _check("seed", self.seed, 0, 2**32 - 1, "use an integer in [0, 2**32)")
-        if self.logprobs is not None:
-            _check("logprobs", self.logprobs, 0, MAX_LOGPROBS, f"use 0 to {MAX_LOGPROBS}")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (count := getattr(self, name)) is not None:
+                _check(name, count, 0, MAX_LOGPROBS, f"use 0 to {MAX_LOGPROBS}")
         if len(self.logit_bias) > MAX_LOGIT_BIAS:
             raise ValueError(
                 f"logit_bias has {len(self.logit_bias)} entries: give at most {MAX_LOGIT_BIAS}"
@@ -106,7 +109,7 @@ class StopOptions:
     """When a request ends.
 
     Attributes:
-        max_tokens: most new tokens, at least 1.
+        max_tokens: most new tokens; with 0 the answer is empty, and only the prompt is scored.
         min_tokens: an eos or stop token cannot come before so many new tokens.
         stop: strings that end the answer; found by the output side, never part of the text.
         stop_token_ids: ids that end it beside the model's eos ids.
@@ -123,8 +126,8 @@ class StopOptions:
     ignore_eos: bool = False
 
     def __post_init__(self):
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens={self.max_tokens} must be at least 1")
+        if self.max_tokens < 0:
+            raise ValueError(f"max_tokens={self.max_tokens} must be at least 0")
         if not 0 <= self.min_tokens <= self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens} must be 0 to {self.max_tokens=}")
         if len(self.stop) > 16 or any(not 0 < len(s) <= 256 for s in self.stop):
@@ -229,6 +232,18 @@ class Request:
     def remaining(self) -> int:
         """New tokens it may still emit."""
         return self.stop.max_tokens - self.emitted
+
+    @property
+    def scored(self) -> bool:
+        """Its prompt's log-probabilities are asked for, and not told yet: they are told with the
+        first token. Every row of the prompt has to be computed, so none is taken from the cache.
+        """
+        return self.sampling.prompt_logprobs is not None and not self.emitted
+
+    @property
+    def empty(self) -> bool:
+        """There is no token to make and no log-probability to compute."""
+        return not self.remaining and not (self.scored and self.prompt_len > 1)
 
     def __repr__(self) -> str:
         return f"Request({self.id!r}, {self.status.name}, {self.prompt_len}+{self.emitted})"

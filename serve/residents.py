@@ -82,11 +82,14 @@ class Residents:
         request = entry.request
         if request.admissions == 1:
             request.first_scheduled = now
-            self.hit_tokens += request.hit
-            self.queried_tokens += len(request.tokens)
+            if not request.scored:
+                self.hit_tokens += request.hit
+                self.queried_tokens += len(request.tokens)
 
     def count_output(self, request: Request) -> None:
-        """Lets an answer that came to its end count for the mean output length."""
+        """Lets an answer that came to its end count for the mean output length, if it has any."""
+        if not request.emitted:
+            return
         self._ended += 1
         weight = max(_MEAN_WEIGHT, 1 / self._ended)
         self.mean_output += weight * (request.emitted - self.mean_output)

@@ -8,11 +8,11 @@ from serve.residents import Residents
 from serve.scheduler_config import SchedulerConfig
 
 
-def token_logprobs(logprobs: StepLogprobs, row: int, count: int, best: int) -> list[TokenLogprob]:
-    """The first `count` tokens of a result's row, each with its `best` alternatives."""
-    chosen = logprobs.chosen[row, :count].tolist()
-    ids = logprobs.top_ids[row, :count, :best].tolist()
-    values = logprobs.top[row, :count, :best].tolist()
+def token_logprobs(found: StepLogprobs, best: int) -> list[TokenLogprob]:
+    """The tokens of one row of a result, or of a chunk, each with its `best` alternatives."""
+    chosen = found.chosen.tolist()
+    ids = found.top_ids[:, :best].tolist()
+    values = found.top[:, :best].tolist()
     return [
         TokenLogprob(own, list(zip(i, v, strict=True)))
         for own, i, v in zip(chosen, ids, values, strict=True)
@@ -38,12 +38,18 @@ class Results:
     def apply(self, plan: StepPlan, result: StepResult, now: float) -> list[TokenEvent]:
         """Events of the rows that brought tokens; see `Scheduler.apply`."""
         residents, table = self._residents, self._table
+        self._keep_prompt_logprobs(result)
+        events: list[TokenEvent] = []
         for chunk in plan.chunks:
             request = chunk.request
             table.holds[request.slot] -= 1
             if request.status is not Status.FINISHED:
                 table.seal(request.slot, chunk.start + chunk.length)
-        events: list[TokenEvent] = []
+                if chunk.last and not request.remaining:
+                    scores = self._prompt_logprobs(request)
+                    end = TokenEvent(request, [], FinishReason.LENGTH, prompt_logprobs=scores)
+                    events.append(end)
+                    residents.end(residents.entries[request.id])
         if plan.requests:
             due = self._count(plan, result)
             ended = self._emit(plan, result, now, events)
@@ -58,6 +64,25 @@ class Results:
                 residents.count_output(request)
         residents.collect()
         return events
+
+    def _keep_prompt_logprobs(self, result: StepResult) -> None:
+        """Takes in what chunks say about their prompts. A chunk that runs again, after its request
+        gave way, takes the place of what was known from its first row on.
+        """
+        for chunk, found in result.prompt_logprobs:
+            request, best = chunk.request, chunk.request.sampling.prompt_logprobs
+            assert best is not None
+            if request.status is not Status.FINISHED:
+                known = self._residents.entries[request.id].prompt_logprobs
+                known[chunk.start :] = token_logprobs(found, best)
+
+    def _prompt_logprobs(self, request: Request) -> list[TokenLogprob] | None:
+        """Of a request whose prompt rows have all run; None if it does not want them."""
+        if request.sampling.prompt_logprobs is None:
+            return None
+        known = self._residents.entries[request.id].prompt_logprobs
+        assert len(known) == request.prompt_len - 1, f"{request} has {len(known)} scores"
+        return known
 
     def _count(self, plan: StepPlan, result: StepResult) -> list[int]:
         """Counts the rows' tokens; returns the rows that have a page to publish."""
@@ -82,7 +107,7 @@ class Results:
                 request.last_token = now
             # What TokenEvent(request, tokens) does, in half the time.
             rows = zip(plan.requests, every, strict=True)
-            events += [new(TokenEvent, (r, t, None, None, None, "")) for r, t in rows]
+            events += [new(TokenEvent, (r, t, None, None, None, "", None)) for r, t in rows]
             return ended
         columns = (plan.requests, result.tokens.tolist(), result.count.tolist())
         rows = zip(*columns, result.finished.tolist(), strict=True)
@@ -94,16 +119,19 @@ class Results:
             request.last_token = now
             if request.first_token is None:
                 request.first_token = now
-            extra = None
+            extra = scores = None
             if logprobs is not None and request.sampling.logprobs is not None:
-                extra = token_logprobs(logprobs, row, count, request.sampling.logprobs)
+                own = StepLogprobs(*(part[row, :count] for part in logprobs))
+                extra = token_logprobs(own, request.sampling.logprobs)
+            if request.emitted == count:
+                scores = self._prompt_logprobs(request)
             if finished:
                 ended.append(len(events))
-                events.append(self._last_event(request, tokens, extra))
+                events.append(self._last_event(request, tokens, extra, scores))
                 continue
             if request.prefill_only:
                 self._residents.park(self._residents.entries[request.id], Status.HELD)
-            events.append(new(TokenEvent, (request, tokens, None, extra, None, "")))
+            events.append(new(TokenEvent, (request, tokens, None, extra, None, "", scores)))
         self._steady = plan.requests
         return ended
 
@@ -115,9 +143,14 @@ class Results:
         return same and result.logprobs is None and not result.finished.any()
 
     def _last_event(
-        self, request: Request, tokens: list[int], logprobs: list[TokenLogprob] | None
+        self,
+        request: Request,
+        tokens: list[int],
+        logprobs: list[TokenLogprob] | None,
+        scores: list[TokenLogprob] | None,
     ) -> TokenEvent:
         last, stop = tokens[-1], request.stop
         stopped = last in stop.stop_token_ids or (last in self._eos_ids and not stop.ignore_eos)
         reason = FinishReason.STOP if stopped else FinishReason.LENGTH
-        return TokenEvent(request, tokens, reason, logprobs, last if stopped else None)
+        stop_token = last if stopped else None
+        return TokenEvent(request, tokens, reason, logprobs, stop_token, "", scores)

@@ -39,16 +39,17 @@ def prefill_rows(
     shape: tuple[int, int],
     columns: int,
     depths: int,
+    scored: bool = False,
 ) -> PrefillRows:
-    """Prompt rows of the chunks, padded to `shape` = (sequences, tokens)."""
+    """Prompt rows of the chunks, padded to `shape` = (sequences, tokens); scored with targets."""
     count, length = shape
     total = page_table.shape[0]
     slots = np.full(count, total, np.int32)
     table = np.full((count, columns), -1, np.int32)
-    ids = np.zeros((count, length + depths), np.int32)
+    ids = np.zeros((count, length + max(depths, 1)), np.int32)
     cached, lens = np.zeros(count, np.int32), np.zeros(count, np.int32)
     for row, (request, start, size) in enumerate(chunks):
-        known = request.tokens[start : start + size + depths]
+        known = request.tokens[start : start + size + max(depths, 1)]
         ids[row, : len(known)] = known
         slots[row], cached[row], lens[row] = request.slot, start + size, size
         table[row] = page_table[request.slot, :columns]
@@ -60,6 +61,7 @@ def prefill_rows(
         "following": np.stack(following, axis=-1).reshape(count, length, depths),
         "cached_lens": cached,
         "query_lens": lens,
+        "targets": ids[:, 1 : length + 1] if scored else None,
     }
     return PrefillRows(**fields)
 

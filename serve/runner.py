@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from dskjax.config import ModelConfig
+from dskjax.decode.logits import Logprobs
 from dskjax.decode.rules import RuleOptions
 from dskjax.decode.slots import Slots
 from dskjax.decode.step import DecodeConfig
@@ -48,15 +49,17 @@ class Pending:
         logprobs: whether a row wants log-probabilities.
         hybrid: bool [rows], the row's drafts were drawn at the learned temperature.
         scale: f32 [K], factors that the drafts of this step were drawn with.
+        scored: chunks of scored requests, each with its launch's output and its row there.
     """
 
     rows: int
     drafts: int
     output: Packed | None
-    receipts: list[jax.Array]
+    receipts: list[jax.Array | Logprobs]
     logprobs: bool
     hybrid: np.ndarray
     scale: np.ndarray
+    scored: list[tuple[Chunk, Logprobs, int]]
 
 
 class Runner:
@@ -115,8 +118,8 @@ class Runner:
         """Refuses a request that the compiled programs cannot serve.
 
         Raises:
-            ValueError: an acceptance rule that was not compiled in, too many stop ids, or a token
-                id outside the vocabulary.
+            ValueError: an acceptance rule or an option that was not compiled in, too many stop ids,
+                or a token id outside the vocabulary.
         """
         rule = request.accept
         if isinstance(rule, RuleOptions) and rule.name not in self.config.rules:
@@ -128,6 +131,11 @@ class Runner:
             raise ValueError(
                 "this server was started with --no-extras: requests cannot choose a rule, "
                 "penalties, logit_bias, min_tokens or logprobs"
+            )
+        if request.scored and not self.buckets.scored:
+            raise ValueError(
+                "this server was started without --prompt-logprobs: requests cannot ask for "
+                "log-probabilities of their prompt (echo with logprobs)"
             )
         option_row(request, accept=self.accept, drafts=0, eos_ids=self.eos_ids)
         biased = [token for token, _ in request.sampling.logit_bias]
@@ -142,7 +150,7 @@ class Runner:
         """See `serve.plan.Runner.launch`."""
         for first in range(0, len(plan.admit), ADMIT_ROWS):
             self._admit(plan.admit[first : first + ADMIT_ROWS])
-        output, receipts, drawn = None, [], self._drawn
+        output, receipts, scored, drawn = None, [], [], self._drawn
         whole = [chunk for chunk in plan.chunks if chunk.request.id not in self.senders]
         for chunk in plan.chunks:
             if chunk.request.id in self.senders:
@@ -161,6 +169,7 @@ class Runner:
                     (bucket.chunks, bucket.length),
                     bucket.columns,
                     self.config.spec.depths,
+                    bucket.scored,
                 )
             self.state, out = self.programs[bucket](self.params, self.state, decode, prefill)
             if decodes:
@@ -168,6 +177,12 @@ class Runner:
                 out.rows.copy_to_host_async()
             else:
                 receipts.append(out)
+            if bucket.scored:
+                found = out.prompt_logprobs if decodes else out
+                for part in found:
+                    part.copy_to_host_async()
+                rows = [(whole[i], found, row) for row, i in enumerate(chunks)]
+                scored += [entry for entry in rows if entry[0].request.scored]
         return Pending(
             rows=len(plan.requests),
             drafts=plan.drafts,
@@ -176,6 +191,7 @@ class Runner:
             logprobs=bool(self._wants_logprobs[plan.slots].any()),
             hybrid=self._hybrid[plan.slots],
             scale=drawn,
+            scored=scored,
         )
 
     def fetch(self, pending: Pending) -> StepResult:
@@ -183,8 +199,9 @@ class Runner:
         n, m = pending.rows, pending.drafts
         if pending.output is None:
             jax.block_until_ready(pending.receipts)
-            none = np.zeros(0, np.int32)
-            return StepResult(np.zeros((0, m + 1), np.int32), none, none, none, none.astype(bool))
+            none, nobody = np.zeros(0, np.int32), np.zeros((0, m + 1), np.int32)
+            ends = none.astype(bool)
+            return StepResult(nobody, none, none, none, ends, None, _scores(pending))
         rows = np.asarray(pending.output.rows)[:n]
         count, accepted, offered, finished = rows[:, m + 1 :].T
         logprobs = None
@@ -192,7 +209,8 @@ class Runner:
             logprobs = StepLogprobs(*(np.asarray(x)[:n] for x in pending.output.logprobs))
         if pending.hybrid.any() and m and self.tuner is not None:
             self._tune(pending, np.asarray(pending.output.overlap)[:n], accepted, offered)
-        return StepResult(rows[:, : m + 1], count, accepted, offered, finished != 0, logprobs)
+        tokens, ends = rows[:, : m + 1], finished != 0
+        return StepResult(tokens, count, accepted, offered, ends, logprobs, _scores(pending))
 
     def _launch_groups(self, chunk: Chunk, page_table: np.ndarray) -> jax.Array:
         """A chunk layer group by layer group; its sender takes the pages of each."""
@@ -250,3 +268,11 @@ class Runner:
         means[:m] = np.where(seen > 0, (overlap * tested).sum(axis=0) / np.maximum(seen, 1), np.nan)
         self.tuner.update(means, pending.scale)
         self._scale = self.tuner.scale
+
+
+def _scores(pending: Pending) -> list[tuple[Chunk, StepLogprobs]]:
+    """What the device said about the prompts of scored requests."""
+    return [
+        (chunk, StepLogprobs(*(np.asarray(part)[row, : chunk.length] for part in found)))
+        for chunk, found, row in pending.scored
+    ]

@@ -131,7 +131,7 @@ class Scheduler:
         """Queues a request.
 
         Args:
-            request: new, and the scheduler's from now on.
+            request: new, not empty, and the scheduler's from now on.
             now: seconds; its arrival if None.
             force: queue it even if the queue is full.
 
@@ -139,6 +139,7 @@ class Scheduler:
             ValueError: it can never run, or its id is in use.
             OverloadedError: the queue is full.
         """
+        assert not request.empty, request
         self.check(request)
         queue, config = self._queue, self.config
         if not force and len(queue) >= config.max_waiting:
@@ -150,8 +151,9 @@ class Scheduler:
                 f"(max_waiting_tokens={config.max_waiting_tokens}): try later"
             )
         entry = self._entry(request)
-        found = self.blocks.match(request.tokens, chain=entry.chain)
-        entry.uncached -= len(found) * config.page_size
+        if not request.scored:
+            found = self.blocks.match(request.tokens, chain=entry.chain)
+            entry.uncached -= len(found) * config.page_size
         queue.restart(entry, request.arrival if now is None else now)
         request.status = Status.WAITING
         self._residents.entries[request.id] = entry
@@ -311,7 +313,8 @@ class Scheduler:
         Returns:
             An event for each row that brought tokens, with the finish if the device ended it: STOP
             with the id if that was an eos or a stop id, LENGTH otherwise. A request that is only
-            prefilled becomes HELD with its first token.
+            prefilled becomes HELD with its first token. One that wants no token ends with its last
+            prompt row.
         """
         assert plan.number == self._applied, (plan.number, self._applied)
         self._applied += 1

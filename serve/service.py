@@ -156,10 +156,11 @@ class Service:
             raise UnavailableError("the server is starting: its engines are not ready")
         if options.n < 1:
             raise ValueError(f"n={options.n} must be at least 1")
-        if len(prompt) >= self.max_model_len:
+        least = min(options.stop.max_tokens, 1)
+        if len(prompt) + least > self.max_model_len:
             raise ValueError(
-                f"the prompt has {len(prompt)} tokens: with at least one new one it must fit into "
-                f"the longest sequence, {self.max_model_len}"
+                f"the prompt has {len(prompt)} tokens: with {least} new ones at least it must fit "
+                f"into the longest sequence, {self.max_model_len}"
             )
 
     def _submit(

@@ -101,7 +101,7 @@ class SlotTable:
         limit = request.prompt_len + request.stop.max_tokens
         if request.prefill_only:
             limit = min(limit, length + config.first_rows)
-        shared = blocks.match(request.tokens, chain=entry.chain)
+        shared = [] if request.scored else blocks.match(request.tokens, chain=entry.chain)
         needed = config.pages(min(length + config.first_rows, limit)) - len(shared)
         room = blocks.available - blocks.idle(shared)
         if needed > room:
@@ -114,7 +114,9 @@ class SlotTable:
         blocks.acquire(shared)
         self.entries[slot] = entry
         self.length[slot] = length
-        self.left[slot] = 1 if request.prefill_only else request.remaining
+        self.left[slot] = request.remaining
+        if request.prefill_only:
+            self.left[slot] = min(request.remaining, 1)
         self.limit[slot] = limit
         self.active[slot] = True
         self.held[slot] = 0

@@ -12,7 +12,7 @@ import jax
 from fastapi import FastAPI
 from rich.console import Console
 
-from dskjax.checkpoint.hf import load_config, load_hf
+from dskjax.checkpoint import load, load_config
 from dskjax.decode.rules import ThinkIds
 from dskjax.tokenizer import Tokenizer
 from serve.attempts import CoordinatorConfig
@@ -48,6 +48,7 @@ class ServerOptions:
         router: policy by name.
         faults: of the transport, on purpose; see `Faults.parse`.
         dtype: compute dtype; None: float32 on a CPU, bfloat16 elsewhere.
+        quantised: what becomes of quantized weights: "keep", or "dequantise".
         http: limits and keys.
         coordinator: limits of requests on their way; None fits them to `engine`.
 
@@ -62,6 +63,7 @@ class ServerOptions:
     router: str = Policy.REMAINING_SLOTS.value
     faults: str = ""
     dtype: str | None = None
+    quantised: str = "keep"
     http: HttpConfig = dataclasses.field(default_factory=HttpConfig)
     coordinator: CoordinatorConfig | None = None
 
@@ -128,7 +130,9 @@ def build_server(options: ServerOptions, console: Console) -> Server:
     dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     placements = place(options.roles, jax.devices())
     tokenizer = Tokenizer.load(options.model)  # first: if it is missing, why load the weights
-    params, cfg = load_hf(options.model, dtype=dtype, progress=console.is_terminal)
+    params, cfg = load(
+        options.model, dtype=dtype, quantised=options.quantised, progress=console.is_terminal
+    )
     model = Model(
         name=options.name,
         params=params,

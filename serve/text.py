@@ -6,6 +6,8 @@ alike, and an answer ends at the same token whether its reasoning is split off o
 which a stop string leaves only a part is left out of split text.
 
 The text of a stop token is left out, except that of a special one with `echo_special`.
+
+With `echo` the prompt's text comes first; no stop string is looked for in it.
 """
 
 from collections import deque
@@ -37,6 +39,7 @@ class AnswerText:
     __slots__ = (
         "_completion",
         "_decoder",
+        "_echo",
         "_end_think",
         "_held",
         "_held_length",
@@ -79,6 +82,7 @@ class AnswerText:
         self._decoder = IncrementalDecoder(tokenizer, skip_special=skip)
         self._think, self._end_think = tokenizer.think_id, tokenizer.end_think_id
         self._thinking = options.thinking
+        self._echo = options.echo  # the prompt is still to come
         self._completion = 0
         self._reasoning = 0
         self._sections = Sections(options.thinking and options.split_reasoning)
@@ -104,6 +108,7 @@ class AnswerText:
         tokens, finish = event.tokens, event.finish
         if not tokens and finish is None:
             return None
+        front = self._push_prompt(event) if self._echo else None
         shown = tokens
         if event.stop_token is not None and tokens and tokens[-1] == event.stop_token:
             shown = tokens if self._echoes(event.stop_token) else tokens[:-1]
@@ -122,12 +127,14 @@ class AnswerText:
         if self.ended:
             self._sections.flush()
         text, reasoning = self._sections.take()
+        most = self._options.sampling.logprobs
+        found = None if event.logprobs is None else self._logprobs(event.logprobs, tokens, most)
         return Output(
             index=self.index,
             text=text,
             reasoning=reasoning,
             token_ids=tokens,
-            logprobs=None if event.logprobs is None else self._logprobs(event.logprobs, tokens),
+            logprobs=found if front is None else [*front, *(found or ())],
             finish=finish,
             stop_reason=self._stop or self._stop_token(event),
             message=event.message if self._stop is None else "",
@@ -149,6 +156,21 @@ class AnswerText:
             message=message,
             usage=self._usage(),
         )
+
+    def _push_prompt(self, event: TokenEvent) -> list[OutputLogprob] | None:
+        """Puts the prompt's text first; what is known of its tokens, if that was asked for.
+
+        A character that the prompt leaves unfinished is shown when the answer has finished it.
+        """
+        self._echo = False
+        prompt = self._request.tokens[: self._request.prompt_len]
+        self._sections.add(self._decoder.push(*prompt))
+        if event.prompt_logprobs is None:
+            return None
+        first = _text_logprob(self._tokenizer.token_bytes(prompt[0]), None)
+        most = self._options.sampling.prompt_logprobs
+        rest = self._logprobs(event.prompt_logprobs, prompt[1:], most)
+        return [OutputLogprob(first, []), *rest]
 
     def _push_each(self, tokens: Sequence[int]) -> int | None:
         """Takes the tokens one by one; how many there are up to a stop string, None without."""
@@ -245,8 +267,10 @@ class AnswerText:
             synthetic=self._synthetic,
         )
 
-    def _logprobs(self, entries: Sequence[TokenLogprob], tokens: Sequence[int]):
-        tokenizer, most = self._tokenizer, self._options.sampling.logprobs
+    def _logprobs(
+        self, entries: Sequence[TokenLogprob], tokens: Sequence[int], most: int | None
+    ) -> list[OutputLogprob]:
+        tokenizer = self._tokenizer
         return [
             OutputLogprob(
                 _text_logprob(tokenizer.token_bytes(token), entry.logprob),
@@ -266,5 +290,5 @@ def _bytes(tokenizer: Tokenizer, token: int) -> bytes:
         return b""
 
 
-def _text_logprob(raw: bytes, logprob: float) -> TextLogprob:
+def _text_logprob(raw: bytes, logprob: float | None) -> TextLogprob:
     return TextLogprob(raw.decode("utf-8", "replace"), list(raw), logprob)

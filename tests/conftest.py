@@ -36,6 +36,21 @@ install_import_hook(["dskjax", "pallas_kernels", "train_mtp", "serve"], "beartyp
 _STARTED = pytest.StashKey[float]()
 
 
+@pytest.fixture
+def dskjax(monkeypatch, capsys):
+    """Runs `dskjax ARGS...`; returns (exit code, stdout, stderr)."""
+    from dskjax import cli  # not at the top: that would be before the hook
+
+    def run(*args):
+        monkeypatch.setattr("sys.argv", ["dskjax", *map(str, args)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        captured = capsys.readouterr()
+        return exit_.value.code or 0, captured.out, captured.err
+
+    return run
+
+
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="also run the tests marked `full`")
 

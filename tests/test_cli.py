@@ -20,24 +20,9 @@ import numpy as np
 import pytest
 
 import dskjax as library
-from dskjax import cli
 
 GOLDENS = Path(__file__).parent / "goldens"
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-deepseek"
-
-
-@pytest.fixture
-def dskjax(monkeypatch, capsys):
-    """Runs `dskjax ARGS...`; returns (exit code, stdout, stderr)."""
-
-    def run(*args):
-        monkeypatch.setattr("sys.argv", ["dskjax", *map(str, args)])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        captured = capsys.readouterr()
-        return exit_.value.code or 0, captured.out, captured.err
-
-    return run
 
 
 def close(found, golden):
@@ -197,6 +182,54 @@ def test_ids_that_are_no_array_are_refused(dskjax, tmp_path, content):
     assert "is not a .npy array" in err
 
 
+# ------------------------------------------------------------------ convert, models by name
+
+
+def test_convert_there_and_back(dskjax, tmp_path):
+    source, orbax, back = GOLDENS / "v3_mtp", tmp_path / "o", tmp_path / "b"
+    for arguments in ((source, orbax, "--to", "orbax"), (orbax, back, "--max-shard-gb", 0.00005)):
+        code, _, err = dskjax("convert", *arguments)
+        assert code == 0 and err.split() == ["wrote", str(arguments[1])], err
+    assert len(list(back.glob("*.safetensors"))) > 3
+    params, cfg = library.load(back)
+    expected, expected_cfg = library.load(source)
+    assert cfg == expected_cfg
+    same = jax.tree.map(lambda a, b: np.array_equal(a, b), params, expected)
+    assert all(jax.tree.leaves(same))
+    assert "wrote" in dskjax("convert", source, back, "--overwrite", "--dtype", "bfloat16")[2]
+    assert library.load(back)[0]["norm"]["weight"].dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("convert", EXAMPLE, EXAMPLE), ["holds the source", "choose another place"]),
+        (("convert", GOLDENS / "none", "OUT"), ["none", "no such folder"]),
+        (("convert", EXAMPLE, "TAKEN"), ["exists already", "--overwrite"]),
+        (("convert", EXAMPLE, "OUT", "--quantise", "w4afp8"), ["int4 with 48 inputs", "fp8"]),
+        (("convert", EXAMPLE, "OUT", "--quantise", "fp8", "--dequantise"), ["choose one"]),
+        (("convert", EXAMPLE, "OUT", "--max-shard-gb", "0"), ["max_shard_bytes=0"]),
+        (("logits", "org/none", "--ids", "a", "--out", "b"), ["org/none", "HF_HUB_OFFLINE is set"]),
+        (("generate", "org/none", "--prompt", "a"), ["org/none", "no such folder here"]),
+        (("info", "org/none"), ["org/none", "HF_HUB_OFFLINE"]),
+        (("info", "none"), ["'none'", "neither a folder nor a preset"]),
+        (("serve", "org/none"), ["org/none", "HF_HUB_OFFLINE"]),
+        (("generate", EXAMPLE, "--prompt", "a", "--revision", "v2"), ["revision='v2'", "is here"]),
+    ],
+)
+def test_one_line_says_what_is_wrong(dskjax, monkeypatch, tmp_path, arguments, words):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "TAKEN").mkdir()
+    (tmp_path / "TAKEN" / "a").write_text("a")
+    places = {name: tmp_path / name for name in ("OUT", "TAKEN")}
+    code, _, err = dskjax(*(places.get(argument, argument) for argument in arguments))
+    assert code == 2
+    [line] = err.strip().splitlines()
+    assert line.startswith("error: ") and all(word in line for word in words), line
+    assert not (tmp_path / "OUT").exists()
+
+
 # ------------------------------------------------------------------ serve
 
 
@@ -214,10 +247,10 @@ def serve(dskjax, tmp_path):
 def no_start(monkeypatch):
     """Nothing heavy may begin."""
 
-    def load_hf(*args, **options):
+    def load(*args, **options):
         raise AssertionError("the weights were loaded before the options were checked")
 
-    monkeypatch.setattr("serve.start.load_hf", load_hf)
+    monkeypatch.setattr("serve.start.load", load)
 
 
 @pytest.mark.parametrize(

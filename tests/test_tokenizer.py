@@ -151,6 +151,17 @@ def test_half_a_surrogate_pair_is_refused():
         tiny.encode("a\ud800")
 
 
+def test_settings_of_the_last_user_cut_and_pad_nothing(folder):
+    changed = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    changed.enable_truncation(2)
+    changed.enable_padding(length=9)
+    changed.save(str(folder / "tokenizer.json"))
+    assert len(changed.encode(CODE).ids) == 9
+    for parse_special in (True, False):
+        ids = Tokenizer.load(folder).encode(CODE, parse_special=parse_special)
+        assert ids == tiny.encode(CODE)
+
+
 # ------------------------------------------------------------------ streaming
 
 
@@ -292,7 +303,7 @@ def test_no_chat_template(folder):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json: no such file"):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json: no such file.* tiktoken\.model"):
         Tokenizer.load(tmp_path)
 
 

@@ -12,13 +12,11 @@ from typing import Any
 import numpy as np
 
 from dskjax.config import ModelConfig
-from dskjax.decode import AcceptanceStats, SamplingParams, generate
+from dskjax.decode import AcceptanceStats, RuleOptions, SamplingParams, generate
+from dskjax.documents import Document
+from dskjax.evaluation.intervals import bootstrap
 from dskjax.params import Params
 from dskjax.tokenizer import Tokenizer
-from train_mtp.documents import Document
-
-RESAMPLES = 1000
-"""Bootstrap resamples of the prompts behind `ci95`."""
 
 
 def prompts_of(
@@ -48,7 +46,7 @@ def measure(
     *,
     drafts: int,
     temperature: float,
-    rule: str,
+    rule: RuleOptions | str,
     max_tokens: int,
     seed: int = 0,
     impl: str = "auto",
@@ -100,11 +98,9 @@ def record(stats: Sequence[AcceptanceStats]) -> dict[str, Any]:
     accepted, drafted = (
         np.array([getattr(one, name) for one in stats]) for name in ("accepted", "drafted")
     )
-    picks = np.random.default_rng(0).integers(0, len(stats), (RESAMPLES, len(stats)))
-    rates = accepted[picks].sum(axis=1) / np.maximum(drafted[picks].sum(axis=1), 1)
     return {
         "accepted_per_drafted": total.accepted_per_drafted,
-        "ci95": np.quantile(rates, [0.025, 0.975]).tolist(),
+        "ci95": bootstrap(accepted, drafted),
         "mean_accepted_length": total.mean_accepted_length,
         "per_position": total.per_position,
         "conditional": total.conditional,

@@ -1,31 +1,23 @@
-"""What a pre-training run is told; validated at birth."""
+"""What a run is told; validated at birth."""
 
 import dataclasses
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from train_mtp.optim import AdamW
 from train_mtp.step import Precision, RematName
 
 ShardingName = Literal["replicated", "data", "fsdp", "tensor", "train"]
 
-_ELSEWHERE = frozenset(
-    "out tokenizer data cache_dir progress max_minutes save_every keep_last log_every eval_every "
-    "eval_data eval_index eval_max_tokens mesh sharding model".split()
-)
-"""Fields that do not decide what is learned. Model, data and tokenizer are compared by content."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
-    """A pre-training run.
+class RunConfig:
+    """What every kind of run is told.
 
     Attributes:
-        model: name of a preset, or path of a `config.json` or of the folder that holds it.
-        data: text files and folders (`train_mtp.documents`).
-        tokenizer: folder with `tokenizer.json`.
+        data: text files and folders (`dskjax.documents`).
         out: folder of the run: checkpoints, metrics and the exported model.
         seq_len: tokens per row.
         batch_size: rows per step, over all devices.
@@ -36,8 +28,6 @@ class PretrainConfig:
         beta1, beta2: decay of Adam's moments.
         weight_decay: decoupled, on matrices only.
         clip: largest global norm of the gradient.
-        mtp_weight: lambda of the MTP loss; L = L_0 + lambda / K * sum_k L_k.
-        z_loss: weight of the squared log-sum-exp of the logits.
         bias_update_rate: step u of the router biases.
         seed: of the weights and of the order of the data.
         precision: compute dtype; master weights are fp32.
@@ -49,7 +39,7 @@ class PretrainConfig:
         keep_last: checkpoints kept.
         log_every: steps between lines of metrics.
         eval_every: steps between evaluations, 0 for one at the end.
-        eval_data: held-out files, "KIND=PATH" or plain (`train_mtp.evaluation`).
+        eval_data: held-out files, "KIND=PATH" or plain (`dskjax.evaluation.kinds`).
         eval_index: kinds of the plain files' documents, `docs.jsonl.xz` of a corpus.
         eval_max_tokens: tokens per kind in the evaluations on the way; the last one takes all.
         max_minutes: stop after so many minutes, save and export; the schedule does not know.
@@ -57,9 +47,7 @@ class PretrainConfig:
         progress: show bars.
     """
 
-    model: str
     data: Sequence[str | Path]
-    tokenizer: str | Path
     out: str | Path
     seq_len: int = 512
     batch_size: int = 64
@@ -71,8 +59,6 @@ class PretrainConfig:
     beta2: float = 0.95
     weight_decay: float = 0.1
     clip: float = 1.0
-    mtp_weight: float = 0.3
-    z_loss: float = 0.0
     bias_update_rate: float = 0.001
     seed: int = 0
     precision: Precision = "bfloat16"
@@ -91,24 +77,30 @@ class PretrainConfig:
     cache_dir: str | Path | None = None
     progress: bool = True
 
+    elsewhere: ClassVar[frozenset[str]] = frozenset(
+        "out data cache_dir progress max_minutes save_every keep_last log_every eval_every "
+        "eval_data eval_index eval_max_tokens mesh sharding".split()
+    )
+    """Fields that do not decide what is learned. Data are compared by content."""
+
     def __post_init__(self) -> None:
         if not self.data or isinstance(self.data, str):
             raise ValueError(f"data={self.data!r} must list at least one file or folder of text")
         for name in ("seq_len", "batch_size", "steps", "save_every", "keep_last", "log_every"):
-            _check(self, name, getattr(self, name) >= 1, "at least 1")
+            self.check(name, getattr(self, name) >= 1, "at least 1")
         for name in ("lr", "clip"):
-            _check(self, name, getattr(self, name) > 0, "positive")
-        for name in ("weight_decay", "mtp_weight", "z_loss", "bias_update_rate", "seed"):
-            _check(self, name, getattr(self, name) >= 0, "at least 0")
+            self.check(name, getattr(self, name) > 0, "positive")
+        for name in ("weight_decay", "bias_update_rate", "seed"):
+            self.check(name, getattr(self, name) >= 0, "at least 0")
         for name in ("beta1", "beta2"):
-            _check(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
-        _check(self, "seq_len", self.seq_len >= 2, "at least 2: a row predicts its next tokens")
-        _check(self, "min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "between 0 and 1")
-        _check(self, "warmup", 0 <= self.warmup < self.steps, f"in 0..{self.steps - 1} (steps - 1)")
-        _check(self, "eval_every", self.eval_every >= 0, "at least 0 (0: at the end only)")
+            self.check(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        self.check("seq_len", self.seq_len >= 2, "at least 2: a row predicts its next tokens")
+        self.check("min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "between 0 and 1")
+        self.check("warmup", 0 <= self.warmup < self.steps, f"in 0..{self.steps - 1} (steps - 1)")
+        self.check("eval_every", self.eval_every >= 0, "at least 0 (0: at the end only)")
         for name in ("eval_max_tokens", "max_minutes"):
             value = getattr(self, name)
-            _check(self, name, value is None or value > 0, "positive")
+            self.check(name, value is None or value > 0, "positive")
         if self.eval_every and not self.eval_data:
             raise ValueError(f"{self.eval_every=} needs eval_data: give held-out files")
         for name, known in (
@@ -131,21 +123,34 @@ class PretrainConfig:
     def trajectory(self) -> dict[str, Any]:
         """Every field that decides what is learned: what a resumed run must have in common."""
         fields = dataclasses.asdict(self)
-        return {name: value for name, value in fields.items() if name not in _ELSEWHERE}
+        return {name: value for name, value in fields.items() if name not in self.elsewhere}
+
+    def check(self, name: str, holds: bool, meaning: str) -> None:
+        """Raises ValueError with the field's value unless `holds`."""
+        if not holds:
+            raise ValueError(f"{name}={getattr(self, name)!r} must be {meaning}")
 
 
-def _check(config: PretrainConfig, name: str, holds: bool, meaning: str) -> None:
-    if not holds:
-        raise ValueError(f"{name}={getattr(config, name)!r} must be {meaning}")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainConfig(RunConfig):
+    """A pre-training run.
 
+    Attributes:
+        model: name of a preset, or path of a `config.json` or of the folder that holds it.
+        tokenizer: folder with `tokenizer.json`.
+        mtp_weight: lambda of the MTP loss; L = L_0 + lambda / K * sum_k L_k.
+        z_loss: weight of the squared log-sum-exp of the logits.
+    """
 
-def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Lines "name: SAVED -> NOW" for each field that two runs do not share; dotted if nested."""
-    found = []
-    for name in sorted({*saved, *now}):
-        before, after = saved.get(name), now.get(name)
-        if isinstance(before, dict) and isinstance(after, dict):
-            found += [f"{name}.{line}" for line in differences(before, after)]
-        elif before != after:
-            found.append(f"{name}: {before!r} -> {after!r}")
-    return found
+    model: str
+    tokenizer: str | Path
+    mtp_weight: float = 0.3
+    z_loss: float = 0.0
+
+    # Model and tokenizer are compared by content.
+    elsewhere: ClassVar[frozenset[str]] = RunConfig.elsewhere | {"model", "tokenizer"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("mtp_weight", "z_loss"):
+            self.check(name, getattr(self, name) >= 0, "at least 0")

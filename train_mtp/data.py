@@ -7,18 +7,16 @@ tell it where documents end).
 """
 
 import hashlib
-import itertools
-import queue
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import grain
 import numpy as np
 from jaxtyping import Int32
 
 from train_mtp.token_store import TokenStore, build_store
 
-__all__ = ["Batch", "PackedDataset", "Prefetcher", "TokenStore", "build_store"]
+__all__ = ["Batch", "PackedDataset", "TokenStore", "build_store", "read_ahead"]
 
 
 class Batch(NamedTuple):
@@ -29,11 +27,13 @@ class Batch(NamedTuple):
         segment_ids: [B, S]; 1, 2, ... per document in the row, 0 = padding.
         positions: [B, S]; from 0 in each segment. A document that goes on in another row starts
             there as a segment of its own.
+        scored: [B, S]; 1 for tokens that count as labels, 0 for others; None if all do.
     """
 
     tokens: Int32[np.ndarray, "B S"]
     segment_ids: Int32[np.ndarray, "B S"]
     positions: Int32[np.ndarray, "B S"]
+    scored: Int32[np.ndarray, "B S"] | None = None
 
 
 class _Epoch(NamedTuple):
@@ -59,6 +59,8 @@ class PackedDataset:
         epochs: after so many, rows are padding, and `n_steps` is the number of steps until then;
             None = no end.
         process_index, process_count: `batch` returns this process's consecutive part of the rows.
+        answers_only: batches say which tokens count (`Batch.scored`): all of a text, of a
+            conversation those of the last answer.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class PackedDataset:
         epochs: int | None = None,
         process_index: int = 0,
         process_count: int = 1,
+        answers_only: bool = False,
     ):
         if seq_len < 1 or batch_size < 1:
             raise ValueError(f"{seq_len=} and {batch_size=} must be positive")
@@ -87,6 +90,7 @@ class PackedDataset:
         self.n_steps = None if epochs is None else -(-epochs * self.rows_per_epoch // batch_size)
         self._seed = seed
         self._shuffle = shuffle
+        self._answers_only = answers_only
         self._epochs = epochs
         self._first_row = process_index * self.local_batch_size
         self._cache: dict[int, _Epoch] = {}
@@ -100,7 +104,8 @@ class PackedDataset:
         if step < 0:
             raise ValueError(f"{step=} must not be negative")
         b, s = self.local_batch_size, self.seq_len
-        out = Batch(*(np.zeros((b, s), np.int32) for _ in range(3)))
+        arrays = 4 if self._answers_only else 3
+        out = Batch(*(np.zeros((b, s), np.int32) for _ in range(arrays)))
         first = step * self.batch_size + self._first_row
         row = 0
         while row < b:  # one turn per epoch in the batch
@@ -109,7 +114,7 @@ class PackedDataset:
                 break
             n = min(b - row, self.rows_per_epoch - in_epoch)
             order = self._epoch(epoch)
-            part = Batch(*(a[row : row + n] for a in out))
+            part = Batch(*(a[row : row + n] for a in out if a is not None))
             _fill(part, self.store, order, order.rows[in_epoch : in_epoch + n])
             row += n
         return out
@@ -131,76 +136,44 @@ class PackedDataset:
         return order
 
 
-class Prefetcher:
-    """Iterates over (step, batch) from `start` on, made ahead in a thread.
+class _Steps:
+    """The batches of a data set as a source of `grain`."""
+
+    def __init__(self, dataset: PackedDataset, stop: int):
+        self._dataset, self._stop = dataset, stop
+
+    def __len__(self) -> int:
+        return self._stop
+
+    def __getitem__(self, index: int) -> Batch:
+        return self._dataset.batch(index)
+
+    def __repr__(self) -> str:
+        return f"batches 0..{self._stop - 1} of {self._dataset.store.n_tokens} tokens"
+
+
+def read_ahead(
+    dataset: PackedDataset,
+    *,
+    start: int,
+    stop: int,
+    place: Callable[[Batch], Any] = lambda batch: batch,
+    depth: int = 2,
+) -> Iterator[Any]:
+    """The batches `start`, ..., `stop` - 1, made ahead by threads of `grain`.
+
+    A batch is a function of its number, so the position in the data is the number of the next step
+    and nothing else; what fails in a thread is raised where its batch would have come.
 
     Args:
         dataset: what to read.
-        start, stop: first step, and the one to end before (default: the dataset's own end, if any).
+        start, stop: step numbers.
+        place: applied to each batch in the thread, e.g. the copy to the devices.
         depth: batches made ahead at most.
-        transform: applied to each batch in the thread, e.g. the copy to the devices.
-
-    A failure in the thread is raised at the place where its batch would have come. Close it, or use
-    it as a context manager, to end the thread.
     """
-
-    def __init__(
-        self,
-        dataset: PackedDataset,
-        *,
-        start: int = 0,
-        stop: int | None = None,
-        depth: int = 2,
-        transform: Callable[[Batch], Any] = lambda batch: batch,
-    ):
-        stop = dataset.n_steps if stop is None else stop
-        self._steps = itertools.count(start) if stop is None else iter(range(start, stop))
-        self._dataset = dataset
-        self._transform = transform
-        self._queue: queue.Queue = queue.Queue(maxsize=depth)
-        self._closed = threading.Event()
-        self._ended = False
-        self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
-        self._thread.start()
-
-    def __iter__(self) -> Iterator[tuple[int, Any]]:
-        return self
-
-    def __next__(self) -> tuple[int, Any]:
-        if self._ended or self._closed.is_set():
-            raise StopIteration
-        item = self._queue.get()
-        if isinstance(item, BaseException):
-            self._ended = True
-            raise item
-        return item
-
-    def close(self) -> None:
-        """Ends the thread; batches made ahead are dropped."""
-        self._closed.set()
-        while self._thread.is_alive():
-            try:  # it may wait for room
-                self._queue.get_nowait()
-            except queue.Empty:
-                pass
-            self._thread.join(timeout=0.01)
-
-    def __enter__(self) -> "Prefetcher":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def _work(self) -> None:
-        try:
-            for step in self._steps:
-                if self._closed.is_set():
-                    return
-                self._queue.put((step, self._transform(self._dataset.batch(step))))
-            end: BaseException = StopIteration()
-        except BaseException as error:
-            end = error
-        self._queue.put(end)
+    steps = grain.MapDataset.source(_Steps(dataset, stop)).slice(slice(start, stop)).map(place)
+    options = grain.ReadOptions(num_threads=depth, prefetch_buffer_size=depth)
+    return iter(steps.to_iter_dataset(options))
 
 
 def _fill(out: Batch, store: TokenStore, order: _Epoch, rows: np.ndarray) -> None:
@@ -219,14 +192,19 @@ def _fill(out: Batch, store: TokenStore, order: _Epoch, rows: np.ndarray) -> Non
     target = row * s + begin - row_start[row]
 
     position = _ramps(length)
-    value = store.tokens[np.repeat(source, length) + position]
-    segment = np.repeat(nth + 1, length)
-    if len(value) == out.tokens.size:
+    at = np.repeat(source, length) + position
+    filled = [store.tokens[at], np.repeat(nth + 1, length), position]
+    if out.scored is not None:
+        # A place in the document, which a segment may begin in the middle of.
+        place_in_document = position + np.repeat(begin - order.starts[place], length)
+        first_scored = store.answers[order.documents[place]]
+        filled.append(place_in_document >= np.repeat(first_scored, length))
+    if len(at) == out.tokens.size:
         where: Any = slice(None)  # no padding: targets are all cells in order
     else:
         where = np.repeat(target, length) + position
-    for array, filled in zip(out, (value, segment, position), strict=True):
-        array.reshape(-1)[where] = filled
+    for array, values in zip((a for a in out if a is not None), filled, strict=True):
+        array.reshape(-1)[where] = values
 
 
 def _ramps(lengths: np.ndarray) -> np.ndarray:

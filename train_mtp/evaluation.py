@@ -9,24 +9,21 @@ is that of a model with at most `seq_len` tokens of context, and with few at a w
 """
 
 import dataclasses
-import itertools
-import json
-import lzma
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from dskjax.document_tokens import tokenise
+from dskjax.documents import Document
+from dskjax.evaluation.windows import batches, windows
 from dskjax.params import Params
 from dskjax.tokenizer import Tokenizer
 from train_mtp.data import Batch
-from train_mtp.documents import Document, iter_documents
 from train_mtp.loss import LossSums
 from train_mtp.step import Recipe, eval_step, place_batch
-from train_mtp.token_store import tokenise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,51 +62,6 @@ class HeldOut:
     bytes: int
 
 
-def documents_by_kind(
-    paths: Sequence[str | Path], *, index: str | Path | None = None, tokenizer: Tokenizer
-) -> dict[str, list[Document]]:
-    """Held-out documents in groups.
-
-    Args:
-        paths: files or folders, or "KIND=PATH"; else the kind is the name up to the first dot.
-        index: JSON lines with `kind` and `bytes` for the documents of each plain path, in order, as
-            in the corpus's `docs.jsonl.xz`; those whose `split` is another name are skipped.
-        tokenizer: renders conversations.
-
-    Raises:
-        ValueError: the index does not fit a file; names file, place, expected and found.
-    """
-    kinds: dict[str, list[Document]] = {}
-    for text in map(str, paths):
-        kind, is_named, path = text.rpartition("=")
-        name = Path(path).name.partition(".")[0]
-        documents = list(iter_documents([path], tokenizer=tokenizer))
-        if is_named or index is None:
-            kinds.setdefault(kind or name, []).extend(documents)
-            continue
-        rows = [row for row in _read_index(index) if row.get("split", name) == name]
-        if len(rows) != len(documents):
-            raise ValueError(
-                f"{index}: has {len(rows)} documents of split {name!r}, but {path} has "
-                f"{len(documents)}; give the index of this file, or KIND={path}"
-            )
-        for row, document in zip(rows, documents, strict=True):
-            found = len(document.text.encode())
-            if row["bytes"] != found:
-                raise ValueError(
-                    f"{document.source}: {index} says {row['bytes']} bytes, found {found}; "
-                    f"give the index of this file, or KIND={path}"
-                )
-            kinds.setdefault(row["kind"], []).append(document)
-    return dict(sorted(kinds.items()))
-
-
-def _read_index(path: str | Path) -> Iterator[dict[str, Any]]:
-    opened = lzma.open(path, "rt") if str(path).endswith(".xz") else open(path)
-    with opened as file:
-        yield from map(json.loads, file)
-
-
 def hold_out(
     documents: Iterable[Document],
     tokenizer: Tokenizer,
@@ -120,51 +72,16 @@ def hold_out(
 ) -> HeldOut:
     """Tokenises and packs documents; stops before the one (not the first) to pass `max_tokens`."""
     ids, n_bytes, n_tokens = [], 0, 0
-    for document, tokens in tokenise(documents, tokenizer):
+    for document, tokens, _ in tokenise(documents, tokenizer):
         n_tokens += len(tokens)
         if ids and max_tokens is not None and n_tokens > max_tokens:
             break
         ids.append(tokens)
         n_bytes += len(document.text.encode())
-    batches = list(_batches(pack(windows(ids, seq_len), seq_len), batch_size, seq_len))
-    return HeldOut(batches, len(ids), n_bytes)
-
-
-def windows(documents: Iterable[np.ndarray], seq_len: int) -> Iterator[np.ndarray]:
-    """Cuts documents into pieces of at most `seq_len` tokens, each beginning with the last token of
-    the piece before: so the labels inside the pieces are all tokens but the first, once each."""
-    if seq_len < 2:
-        raise ValueError(f"{seq_len=} must be at least 2: a window predicts no first token")
-    for ids in documents:
-        for start in range(0, max(len(ids) - 1, 1), seq_len - 1):
-            yield ids[start : start + seq_len]
-
-
-def pack(pieces: Iterable[np.ndarray], seq_len: int) -> Iterator[list[np.ndarray]]:
-    """Fills rows with whole pieces in order; what does not fit begins the next row."""
-    row, used = [], 0
-    for piece in pieces:
-        if used + len(piece) > seq_len:
-            yield row
-            row, used = [], 0
-        row.append(piece)
-        used += len(piece)
-    if row:
-        yield row
-
-
-def _batches(rows: Iterable[list[np.ndarray]], batch_size: int, seq_len: int) -> Iterator[Batch]:
-    for part in itertools.batched(rows, batch_size):
-        batch = Batch(*(np.zeros((batch_size, seq_len), np.int32) for _ in range(3)))
-        for row, pieces in enumerate(part):
-            at = 0
-            for segment, piece in enumerate(pieces, start=1):
-                cells = (row, slice(at, at + len(piece)))
-                batch.tokens[cells] = piece
-                batch.segment_ids[cells] = segment
-                batch.positions[cells] = np.arange(len(piece))
-                at += len(piece)
-        yield batch
+    pieces = windows(ids, context=seq_len, stride=seq_len - 1)
+    rows = batches(pieces, context=seq_len, batch_size=batch_size)
+    packed = [Batch(row.tokens, row.segment_ids, row.positions) for row in rows]
+    return HeldOut(packed, len(ids), n_bytes)
 
 
 def evaluate(
@@ -186,7 +103,7 @@ def evaluate(
     for kind, held_out in kinds.items():
         total = None
         for batch in held_out.batches:
-            sums = eval_step(params, place_batch(batch, recipe), recipe=recipe)
+            sums = eval_step(params, place_batch(batch, recipe.sharding), recipe=recipe)
             sums = jax.tree.map(_widen, jax.device_get(sums))
             total = sums if total is None else jax.tree.map(np.add, total, sums)
             on_batch()

@@ -19,9 +19,10 @@ import jax
 import numpy as np
 
 from dskjax.checkpoint.store import Store
-from train_mtp.data import Batch, PackedDataset, Prefetcher
+from train_mtp.data import Batch, PackedDataset, read_ahead
+from train_mtp.flops import Speed
 from train_mtp.metrics import MetricsLog, Progress, to_host
-from train_mtp.step import Recipe, TrainState, place_batch, train_step
+from train_mtp.state import TrainState
 
 
 class Interrupted(Exception):
@@ -74,7 +75,8 @@ class Run:
     """What the loop works with.
 
     Attributes:
-        recipe: the step.
+        step: (state, placed batch) -> (state, metrics on the devices); the state is donated.
+        place: copies a batch to the devices.
         plan: when to do what.
         dataset: batches by step number.
         store: checkpoints.
@@ -84,10 +86,14 @@ class Run:
         extra: JSON kept with each checkpoint; the loop adds `seconds`.
         seconds: wall time of the run before this process, without set-up.
         evaluate: called with params, returns values for the log.
+        judge: makes the store's metrics of an evaluation's values; every saved step is then
+            evaluated first. None saves without metrics.
+        speed: turns tokens per second into MFU; None leaves that out.
         on_step: called with each finished step's number and metrics, one step late.
     """
 
-    recipe: Recipe
+    step: Callable[[TrainState, Any], tuple[TrainState, Mapping[str, Any]]]
+    place: Callable[[Batch], Any]
     plan: Plan
     dataset: PackedDataset
     store: Store
@@ -97,6 +103,8 @@ class Run:
     extra: Mapping[str, Any]
     seconds: float = 0.0
     evaluate: Callable[[Any], Mapping[str, Any]] | None = None
+    judge: Callable[[Mapping[str, Any]], Mapping[str, float]] | None = None
+    speed: Speed | None = None
     on_step: Callable[[int, Mapping[str, Any]], Any] | None = None
 
     def train(self, state: TrainState) -> TrainState:
@@ -111,23 +119,18 @@ class Run:
             return state
         self._clock = _Clock(self.dataset.batch_size * self.dataset.seq_len, self.seconds)
         self._pending: tuple[int, Mapping[str, Any]] | None = None
-        batches = Prefetcher(
-            self.dataset,
-            start=start,
-            stop=self.plan.steps,
-            transform=lambda batch: place_batch(batch, self.recipe),
-        )
-        with _signals() as received, self.progress.running(), batches:
-            for index, batch in batches:
-                state, metrics = train_step(state, batch, recipe=self.recipe)
-                done = index + 1
+        batches = read_ahead(self.dataset, start=start, stop=self.plan.steps, place=self.place)
+        with _signals() as received, self.progress.running():
+            for done, batch in enumerate(batches, start=start + 1):
+                state, metrics = self.step(state, batch)
                 self._catch_up()
                 self._pending = (done, metrics)
                 over = self.plan.deadline is not None and time.monotonic() > self.plan.deadline
-                if self.plan.evaluates(done):
-                    self._run_evaluation(done, state)
-                if self.plan.saves(done) or received or over:
-                    self._save(done, state)
+                saves, values = self.plan.saves(done), None
+                if self.plan.evaluates(done) or (saves and self.judge is not None):
+                    values = self._run_evaluation(done, state)
+                if saves or received or over:
+                    self._save(done, state, values)
                 if received:
                     self.store.wait()
                     raise Interrupted(received[0], done, self.out)
@@ -146,36 +149,42 @@ class Run:
         (done, on_device), self._pending = self._pending, None
         metrics = to_host(on_device)
         self._clock.tick(done)
+        speed = self._clock.tokens_per_s
+        mfu = None if self.speed is None else self.speed.mfu(speed)
         if not all(map(math.isfinite, (metrics["total_loss"], metrics["grad_norm"]))):
             raise NonFiniteLossError(self._keep_bad_batch(done, metrics))
         if self.log is not None and self.plan.logs(done):
-            clock = {"seconds": self._clock.seconds, "tokens_per_s": self._clock.tokens_per_s}
+            clock = {"seconds": self._clock.seconds, "tokens_per_s": speed, "mfu": mfu}
             self.log.write("train", done, {**metrics, **clock})
-        self.progress.step(done, metrics, self._clock.tokens_per_s)
+        self.progress.step(done, metrics, speed, mfu)
         if self.on_step is not None:
             self.on_step(done, metrics)
 
-    def _save(self, done: int, state: TrainState) -> None:
+    def _save(self, done: int, state: TrainState, values: Mapping[str, Any] | None) -> None:
         self._catch_up()
+        judged = None if self.judge is None or values is None else self.judge(values)
         if self.store.latest() != done:
-            self.store.save(done, state, {**self.extra, "seconds": self._clock.seconds})
+            extra = {**self.extra, "seconds": self._clock.seconds}
+            self.store.save(done, state, extra, judged)
 
-    def _run_evaluation(self, done: int, state: TrainState) -> None:
+    def _run_evaluation(self, done: int, state: TrainState) -> Mapping[str, Any]:
         self._catch_up()
         assert self.evaluate is not None
         values = self.evaluate(state.params)
         if self.log is not None:
             self.log.write("eval", done, values)
         self._clock.skip()
+        return values
 
     def _keep_bad_batch(self, done: int, metrics: Mapping[str, Any]) -> str:
         batch: Batch = self.dataset.batch(done - 1)
         path = self.out / f"bad_batch_step{done}_process{jax.process_index()}.npz"
-        np.savez_compressed(path, **batch._asdict())
+        arrays = {name: value for name, value in batch._asdict().items() if value is not None}
+        np.savez_compressed(path, **arrays)
         self.store.wait()
         good = self.store.latest()
         return (
-            f"step {done}: loss {metrics['loss']}, MTP loss {metrics['mtp_loss']}, gradient norm "
+            f"step {done}: loss {metrics['loss']}, by depth {metrics['mtp_loss']}, gradient norm "
             f"{metrics['grad_norm']}. The batch is in {path}; the last good checkpoint is "
             f"{'none' if good is None else f'step {good}'}. Lower lr or clip, lengthen warmup, or "
             "try precision float32; if the batch alone gives it, look at its text."

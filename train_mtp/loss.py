@@ -36,19 +36,33 @@ class Labels(NamedTuple):
     valid: Bool[Array, "B S"]
 
 
-def labels_at(depth: int, tokens: Int[Array, "B S"], segment_ids: Int[Array, "B S"]) -> Labels:
-    """Labels of one depth: 0 for the trunk, k for the k-th MTP module."""
+def labels_at(
+    depth: int,
+    tokens: Int[Array, "B S"],
+    segment_ids: Int[Array, "B S"],
+    scored: Int[Array, "B S"] | None = None,
+) -> Labels:
+    """Labels of one depth: 0 for the trunk, k for the k-th MTP module.
+
+    Args:
+        depth: how many tokens lie between an anchor and its label.
+        tokens: ids.
+        segment_ids: document of each token; 0 is padding.
+        scored: 0 for tokens that do not count when they are labels; None if all count.
+    """
     with_next = (segment_ids[:, :-1] == segment_ids[:, 1:]) & (segment_ids[:, 1:] > 0)
     valid = joined = jnp.pad(with_next, ((0, 0), (0, 1)))
     for ahead in range(1, depth + 1):
         valid &= shift_left(joined, ahead)
+    if scored is not None:
+        valid &= shift_left(scored, depth + 1) > 0
     return Labels(shift_left(tokens, depth + 1), valid)
 
 
 def shift_left(x_bs: Array, by: int) -> Array:
     """Column i takes the value of column i + by; zeros (False) come in at the end."""
     by = min(by, x_bs.shape[1])
-    return jnp.pad(x_bs[:, by:], ((0, 0), (0, by)))
+    return jnp.pad(x_bs[:, by:], ((0, 0), (0, by), *((0, 0),) * (x_bs.ndim - 2)))
 
 
 class TokenLoss(NamedTuple):
@@ -114,8 +128,10 @@ def _head_loss_forward(
         at_label = jnp.where(_is_label(labels_bc, logits.shape[-1]), logits, 0).sum(axis=-1)
         return TokenLoss(lse - at_label, lse, jnp.argmax(logits, axis=-1).astype(jnp.int32))
 
-    parts = jax.lax.map(chunk, (_split(hidden_bsd, columns), _split(labels_bs, columns)))
-    out = TokenLoss(*(_join(part, hidden_bsd.shape[1]) for part in parts))
+    parts = jax.lax.map(
+        chunk, (split_columns(hidden_bsd, columns), split_columns(labels_bs, columns))
+    )
+    out = TokenLoss(*(join_columns(part, hidden_bsd.shape[1]) for part in parts))
     return out, (hidden_bsd, weight_xd, labels_bs, out.lse)
 
 
@@ -138,15 +154,17 @@ def _head_loss_backward(columns: int, saved: tuple[Array, ...], grads: Any) -> t
         )
         return d_weight, d_hidden
 
-    parts = tuple(_split(x, columns) for x in (hidden_bsd, labels_bs, lse_bs, grads[0], grads[1]))
+    parts = tuple(
+        split_columns(x, columns) for x in (hidden_bsd, labels_bs, lse_bs, grads[0], grads[1])
+    )
     d_weight, d_hidden = jax.lax.scan(chunk, jnp.zeros(weight_xd.shape, jnp.float32), parts)
-    return _join(d_hidden, hidden_bsd.shape[1]), d_weight.astype(weight_xd.dtype), None
+    return join_columns(d_hidden, hidden_bsd.shape[1]), d_weight.astype(weight_xd.dtype), None
 
 
 head_loss.defvjp(_head_loss_forward, _head_loss_backward)
 
 
-def _split(x: Array, columns: int) -> Array:
+def split_columns(x: Array, columns: int) -> Array:
     """[B, S, ...] -> [chunks, B, columns', ...]; rows stay whole, so that they may be sharded."""
     b, s = x.shape[:2]
     chunks = -(-s // columns)
@@ -155,8 +173,8 @@ def _split(x: Array, columns: int) -> Array:
     return jnp.moveaxis(padded.reshape(b, chunks, size, *x.shape[2:]), 1, 0)
 
 
-def _join(x: Array, s: int) -> Array:
-    """Undoes `_split`."""
+def join_columns(x: Array, s: int) -> Array:
+    """Undoes `split_columns`; `s` is the length of S."""
     chunks, b, size = x.shape[:3]
     return jnp.moveaxis(x, 0, 1).reshape(b, chunks * size, *x.shape[3:])[:, :s]
 
@@ -202,19 +220,19 @@ def loss_sums(
 
     Args:
         params: master weights, fp32.
-        batch: tokens, segment_ids (0 = padding) and positions, int32 [B, S] each.
+        batch: a `train_mtp.data.Batch`.
         cfg: the model.
         dtype: compute dtype; weights that fix theirs keep it.
         impl: implementation of every op.
         remat: checkpoint policy of each layer.
         sharding: mesh and rules, None on one device.
     """
-    tokens, segment_ids, positions = batch
+    tokens, segment_ids = batch.tokens, batch.segment_ids
     compute = cast(params, param_specs(cfg), dtype)
     weight = params["embed_tokens" if cfg.tie_word_embeddings else "lm_head"]["weight"]
     if sharding is not None:  # whole along the embed axis, once: the chunks would gather it again
         weight = sharding.constrain(weight, ("vocab", None))
-    where: dict[str, Any] = {"segment_ids": segment_ids, "positions": positions}
+    where: dict[str, Any] = {"segment_ids": segment_ids, "positions": batch.positions}
     options: dict[str, Any] = {"cfg": cfg, "impl": impl, "remat": remat, **where}
     columns = columns_at_once(
         tokens.shape[0], cfg.vocab_size, 1 if sharding is None else sharding.mesh.size
@@ -225,7 +243,7 @@ def loss_sums(
     hidden, loads = [out.hidden], {}
     if out.experts is not None:
         loads["moe_layers"] = count_loads(out.experts, (segment_ids > 0)[None], cfg)
-    labels = [labels_at(k, tokens, segment_ids) for k in range(depths + 1)]
+    labels = [labels_at(k, tokens, segment_ids, batch.scored) for k in range(depths + 1)]
     if depths:
         mtp = mtp_chain(compute, tokens, out.hidden, depths=depths, **options)
         hidden += mtp.hidden

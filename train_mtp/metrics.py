@@ -20,7 +20,7 @@ import rich.console
 import rich.progress
 
 METRICS = "metrics.jsonl"
-CLOCK = ("seconds", "tokens_per_s")
+CLOCK = ("seconds", "tokens_per_s", "mfu")
 """Keys whose values depend on the machine and the hour."""
 
 _PLAIN_EVERY_S = 15.0
@@ -125,11 +125,13 @@ class Progress:
         with self._bar:
             yield self
 
-    def step(self, done: int, metrics: Mapping[str, Any], tokens_per_s: float) -> None:
+    def step(
+        self, done: int, metrics: Mapping[str, Any], tokens_per_s: float, mfu: float | None = None
+    ) -> None:
         """Shows the metrics of the last finished step."""
         mtp = " ".join(f"{loss:.3f}" for loss in metrics["mtp_loss"])
         note = f"loss {metrics['loss']:.3f}" + (f" mtp {mtp}" if mtp else "")
-        note += f" {_speed(tokens_per_s)}"
+        note += f" {_speed(tokens_per_s)}" + ("" if mfu is None else f" MFU {mfu:.1%}")
         self._bar.update(self._task, completed=done, note=note)
         now = time.monotonic()
         if self._plain and (now - self._said > _PLAIN_EVERY_S or done == self._steps):

@@ -14,7 +14,8 @@ Row = Mapping[str, Any]
 
 
 def plot_runs(runs: Sequence[str | Path], out: str | Path) -> Path:
-    """Draws loss, MTP loss, MTP agreement, MaxVio, gradient norm and bits per byte over steps.
+    """Draws losses, agreement with the trunk, accepted length, MaxVio, gradient norm and what
+    held-out text says over steps; a panel stays empty if no run knows of it.
 
     Args:
         runs: folders of runs, or metrics files; each gets a colour, named after its folder.
@@ -25,9 +26,9 @@ def plot_runs(runs: Sequence[str | Path], out: str | Path) -> Path:
     """
     if not runs:
         raise ValueError("no runs to plot: give at least one folder of a run")
-    figure = Figure(figsize=(15, 8), layout="constrained")
+    figure = Figure(figsize=(20, 8), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 3).ravel()
+    axes = figure.subplots(2, 4).ravel()
     for number, run in enumerate(map(Path, runs)):
         path = run / METRICS if run.is_dir() else run
         if not path.is_file():
@@ -46,9 +47,11 @@ def plot_runs(runs: Sequence[str | Path], out: str | Path) -> Path:
         mean = {**style, "linestyle": ":", "label": f"{name} mean of layers"}
         _line(axes[3], train, lambda row: row.get("mean_max_vio"), **mean)
         _line(axes[4], train, lambda row: row["grad_norm"], label=name, **style)
+        _line(axes[6], train, lambda row: row.get("accepted_length"), label=name, **style)
         for nth, kind in enumerate(evals[-1]["kinds"] if evals else ()):
             marked = {**style, "marker": "osv^Dx*P"[nth % 8], "label": f"{name} {kind}"}
-            _line(axes[5], evals, lambda row, k=kind: _bits(row, k), **marked)
+            for axis, figure_name in ((axes[5], "bits_per_byte"), (axes[7], "accepted_length")):
+                _line(axis, evals, lambda row, k=kind, f=figure_name: _score(row, k, f), **marked)
     titles = (
         "trunk loss (nats/token)",
         "MTP loss (nats/token)",
@@ -56,6 +59,8 @@ def plot_runs(runs: Sequence[str | Path], out: str | Path) -> Path:
         "MaxVio: largest expert load / mean - 1",
         "gradient norm",
         "validation bits per byte",
+        "accepted length, greedy, expected",
+        "validation accepted length",
     )
     for axis, title in zip(axes, titles, strict=True):
         axis.set_title(title)
@@ -67,9 +72,8 @@ def plot_runs(runs: Sequence[str | Path], out: str | Path) -> Path:
     return Path(out)
 
 
-def _bits(row: Row, kind: str) -> float | None:
-    score = row["kinds"].get(kind)
-    return None if score is None else score["bits_per_byte"]
+def _score(row: Row, kind: str, name: str) -> float | None:
+    return row["kinds"].get(kind, {}).get(name)
 
 
 def _line(axis: Axes, rows: Sequence[Row], value: Callable[[Row], Any], **style: Any) -> None:

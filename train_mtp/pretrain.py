@@ -9,8 +9,8 @@ out/model/              config.json, model.safetensors (bf16), tokenizer, traini
 
 import contextlib
 import dataclasses
+import functools
 import json
-import math
 import shlex
 import sys
 import time
@@ -18,30 +18,23 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from dskjax import presets
-from dskjax.axes import Sharding
 from dskjax.checkpoint import load_config
 from dskjax.checkpoint.store import Store
 from dskjax.config import ModelConfig
-from dskjax.mesh import make_mesh, parse_mesh, preset
+from dskjax.documents import list_files
 from dskjax.model import param_specs
 from dskjax.params import cast, count
 from dskjax.tokenizer import Tokenizer
-from train_mtp import plot
-from train_mtp.config import PretrainConfig, differences
-from train_mtp.data import PackedDataset
-from train_mtp.documents import list_files
-from train_mtp.evaluation import HeldOut, documents_by_kind, evaluate, hold_out
-from train_mtp.export import describe_devices, export
-from train_mtp.loop import Plan, Run
-from train_mtp.metrics import METRICS, MetricsLog, Progress
-from train_mtp.step import Recipe, TrainState, abstract_state, init_state
-from train_mtp.token_store import TokenStore, build_store, store_key
-
-RUN = "run.json"
+from train_mtp import flops, plot, runs
+from train_mtp.config import PretrainConfig
+from train_mtp.evaluation import HeldOut, evaluate
+from train_mtp.export import export
+from train_mtp.loop import Run
+from train_mtp.step import Recipe, init_state, place_batch, train_step
+from train_mtp.token_store import build_store, store_key
 
 
 def pretrain(
@@ -80,34 +73,42 @@ def pretrain(
     out.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as open_:
         store = open_.enter_context(Store(out / "checkpoints", keep_last=config.keep_last))
-        state, seconds = _start(config, recipe, store, identity)
-        dataset = _dataset(config, build_store(files, tokenizer, cache, progress=config.progress))
-        held_out = _held_out(config, tokenizer, config.eval_max_tokens)
-        log = open_.enter_context(_log(out, int(state.step)))
+        fresh = functools.partial(init_state, recipe, config.seed)
+        state, seconds = runs.begin(out, store, identity, recipe, fresh)
+        start, specs = int(state.step), param_specs(cfg)
+        corpus = build_store(files, tokenizer, cache, progress=config.progress)
+        dataset = runs.dataset_of(
+            corpus, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed
+        )
+        held_out = runs.held_out(config, tokenizer, config.eval_max_tokens)
+        log = open_.enter_context(runs.log_of(out, start))
+        what = f"{count(specs) / 1e6:.2f}M parameters"
         run = Run(
-            recipe=recipe,
-            plan=_plan(config, started),
+            step=functools.partial(train_step, recipe=recipe),
+            place=functools.partial(place_batch, sharding=recipe.sharding),
+            plan=runs.plan_of(config, started),
             dataset=dataset,
             store=store,
             log=log,
-            progress=_progress(config, cfg, dataset, int(state.step)),
+            progress=runs.progress_of(config, dataset, start, what),
             out=out,
             extra=identity,
             seconds=seconds,
             evaluate=lambda params: _evaluation(params, held_out, recipe),
+            speed=flops.pretraining(cfg, config.seq_len, config.precision),
             on_step=on_step,
         )
         state = run.train(state)
-        done, specs = int(state.step), param_specs(cfg)
+        done = int(state.step)
         weights = cast(state.params, specs, jnp.bfloat16)
         del state
         if config.eval_max_tokens is not None:
-            held_out = _held_out(config, tokenizer, None)
+            held_out = runs.held_out(config, tokenizer, None)
         # What is shipped is scored: rounded, and fp32 again only to use the compiled step again.
         scores = _evaluation(cast(weights, specs, jnp.float32), held_out, recipe)
         if log is not None and held_out and done == config.steps:
             log.write("eval", done, scores)
-    if _is_first():
+    if runs.is_first():
         plot.plot_runs([out], out / "metrics.png")
     record = {
         "command": command or shlex.join(sys.argv),
@@ -173,109 +174,10 @@ def make_recipe(config: PretrainConfig, cfg: ModelConfig) -> Recipe:
         precision=config.precision,
         remat=config.remat,
         impl=config.impl,
-        sharding=_sharding(config),
+        sharding=runs.sharding_of(config.mesh, config.sharding),
     )
-
-
-def _sharding(config: PretrainConfig) -> Sharding | None:
-    devices = jax.devices()
-    sizes = parse_mesh(config.mesh)
-    if sizes:
-        devices = devices[: math.prod(sizes.values())]
-        mesh = make_mesh(**sizes, devices=devices)
-    else:
-        mesh = make_mesh(dp=len(devices))
-    return None if len(devices) == 1 else preset(config.sharding, mesh)
-
-
-def _dataset(config: PretrainConfig, corpus: TokenStore) -> PackedDataset:
-    return PackedDataset(
-        corpus,
-        seq_len=config.seq_len,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-
-
-def _log(out: Path, start: int) -> contextlib.AbstractContextManager[MetricsLog | None]:
-    return MetricsLog(out / METRICS, steps=start) if _is_first() else contextlib.nullcontext()
-
-
-def _plan(config: PretrainConfig, started: float) -> Plan:
-    return Plan(
-        steps=config.steps,
-        save_every=config.save_every,
-        log_every=config.log_every,
-        eval_every=config.eval_every,
-        deadline=None if config.max_minutes is None else started + 60 * config.max_minutes,
-    )
-
-
-def _progress(
-    config: PretrainConfig, cfg: ModelConfig, dataset: PackedDataset, start: int
-) -> Progress:
-    progress = Progress(config.steps, start, shown=config.progress and _is_first())
-    progress.say(
-        f"{count(param_specs(cfg)) / 1e6:.2f}M parameters, "
-        f"{dataset.store.n_tokens / 1e6:.1f}M tokens of text, {describe_devices()}, "
-        + (f"resumed at step {start}" if start else "from scratch")
-    )
-    return progress
-
-
-def _start(
-    config: PretrainConfig, recipe: Recipe, store: Store, identity: Mapping[str, Any]
-) -> tuple[TrainState, float]:
-    """The state to begin with, and the wall time already spent on it."""
-    step, note = store.latest(), Path(config.out) / RUN
-    if step is None:
-        if _is_first():
-            note.write_text(_json(identity))
-        return init_state(recipe, config.seed), 0.0
-
-    def refuse_another(saved: Mapping[str, Any]) -> None:
-        if changed := differences(saved, json.loads(json.dumps(identity))):
-            raise ValueError(
-                f"{config.out} holds another run, at step {step}: {'; '.join(changed)} "
-                "(saved -> now). Give the same values to go on, or another out to start anew"
-            )
-
-    if note.is_file():  # says it better than a misshapen leaf
-        refuse_another(json.loads(note.read_text()))
-    state, extra = store.restore(step, abstract_state(recipe))
-    seconds = extra.pop("seconds")
-    refuse_another(extra)
-    return state, seconds
-
-
-def _held_out(
-    config: PretrainConfig, tokenizer: Tokenizer, max_tokens: int | None
-) -> dict[str, HeldOut]:
-    if not config.eval_data:
-        return {}
-    kinds = documents_by_kind(config.eval_data, index=config.eval_index, tokenizer=tokenizer)
-    return {
-        kind: hold_out(
-            documents,
-            tokenizer,
-            seq_len=config.seq_len,
-            batch_size=config.batch_size,
-            max_tokens=max_tokens,
-        )
-        for kind, documents in kinds.items()
-    }
 
 
 def _evaluation(params: Any, held_out: Mapping[str, HeldOut], recipe: Recipe) -> dict[str, Any]:
     scores = evaluate(params, held_out, recipe)
     return {"kinds": {kind: dataclasses.asdict(score) for kind, score in scores.items()}}
-
-
-def _is_first() -> bool:
-    return jax.process_index() == 0
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=2, default=str) + "\n"

@@ -13,7 +13,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from dskjax.axes import Sharding
 from dskjax.config import ModelConfig
@@ -22,6 +21,7 @@ from dskjax.params import Params
 from train_mtp import optim
 from train_mtp.data import Batch
 from train_mtp.loss import LossSums, loss_sums, total_loss
+from train_mtp.state import TrainState, make_state, state_shardings
 
 RematName = Literal["none", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"]
 Precision = Literal["bfloat16", "float32"]
@@ -75,81 +75,31 @@ class Recipe:
             sharding=self.sharding,
         )
 
+    def specs(self) -> Params:
+        """`WeightSpec`s of all weights."""
+        return param_specs(self.cfg)
+
     def transformation(self) -> optax.GradientTransformation:
         """The optimizer of the trainable weights."""
-        return self.optimizer.transformation(self.split(param_specs(self.cfg))[0])
+        return self.optimizer.transformation(self.split(self.specs())[0])
 
     def split(self, tree: Params) -> tuple[Params, Params]:
         """(trainable part, rest) of a params-shaped tree."""
-        return optim.partition(optim.trainable(param_specs(self.cfg)), tree)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """Everything that training carries on from step to step.
-
-    Attributes:
-        step: i32 [], steps taken; also the number of the next batch.
-        params: fp32 master weights.
-        opt_state: moments of the trainable weights.
-    """
-
-    step: Any
-    params: Params
-    opt_state: Any
+        return optim.partition(optim.trainable(self.specs()), tree)
 
 
 def init_state(recipe: Recipe, seed: int) -> TrainState:
     """A fresh state, made in place on the recipe's devices; the same values on any mesh."""
-    make = jax.jit(_make_state, static_argnums=0, out_shardings=state_shardings(recipe))
-    return make(recipe, jax.random.key(seed))
+    return make_state(recipe, lambda: init(recipe.cfg, jax.random.key(seed), dtype=jnp.float32))
 
 
-def _make_state(recipe: Recipe, key: jax.Array) -> TrainState:
-    params = init(recipe.cfg, key, dtype=jnp.float32)
-    moments = recipe.transformation().init(recipe.split(params)[0])
-    return TrainState(jnp.zeros((), jnp.int32), params, moments)
-
-
-def _shapes(recipe: Recipe) -> TrainState:
-    return jax.eval_shape(lambda: _make_state(recipe, jax.random.key(0)))
-
-
-def abstract_state(recipe: Recipe) -> TrainState:
-    """Shapes, dtypes and shardings of the state: what a checkpoint is restored into."""
-    return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        _shapes(recipe),
-        state_shardings(recipe),
-    )
-
-
-def state_shardings(recipe: Recipe) -> TrainState:
-    """Sharding of each array of the state; moments lie where their weights do."""
-    shapes = _shapes(recipe)
-    if recipe.sharding is None:
-        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        return jax.tree.map(lambda _: one, shapes)
-    whole = NamedSharding(recipe.sharding.mesh, PartitionSpec())
-    params = recipe.sharding.params(param_specs(recipe.cfg))
-    moments = optax.tree_map_params(
-        recipe.transformation(),
-        lambda _, where: where,
-        shapes.opt_state,
-        recipe.split(params)[0],
-        transform_non_params=lambda _: whole,
-    )
-    return TrainState(whole, params, moments)
-
-
-def place_batch(batch: Batch, recipe: Recipe) -> Batch:
+def place_batch(batch: Batch, sharding: Sharding | None) -> Batch:
     """Copies this process's rows to the devices, split over the batch axes."""
-    if recipe.sharding is None:
+    if sharding is None:
         return jax.device_put(batch)
     rows = batch.tokens.shape[0] * jax.process_count()
-    where = recipe.sharding.of(("batch", None), (rows, batch.tokens.shape[1]))
-    return Batch(*(jax.make_array_from_process_local_data(where, a) for a in batch))
+    where = sharding.of(("batch", None), (rows, batch.tokens.shape[1]))
+    return jax.tree.map(lambda a: jax.make_array_from_process_local_data(where, a), batch)
 
 
 @functools.partial(jax.jit, static_argnames=("recipe",), donate_argnames=("state",))

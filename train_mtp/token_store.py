@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import shutil
 import tempfile
@@ -13,12 +12,11 @@ from typing import BinaryIO
 import numpy as np
 import rich.progress
 
+from dskjax.document_tokens import tokenise
+from dskjax.documents import Document, is_jsonl, iter_file, list_files
 from dskjax.tokenizer import Tokenizer
-from train_mtp.documents import Document, is_jsonl, iter_file, list_files
 
-_FORMAT = 1  # of the cache; part of its key
-_BATCH_BYTES = 4 << 20  # text per call of the tokenizer, which keeps some 100 bytes a token
-_PIECE_CHARS = 1 << 20  # longer documents are encoded in pieces, for memory and for the other cores
+_FORMAT = 2  # of the cache; part of its key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,14 +26,21 @@ class TokenStore:
     Attributes:
         tokens: [N] uint16 or uint32, all documents one after another, bos and eos included.
         offsets: [documents + 1] int64; document d is tokens[offsets[d]:offsets[d + 1]], not empty.
+        answers: [documents] int64, where in each document its answer begins: the first token after
+            the prompt of a conversation, 0 in plain text.
         n_bytes: UTF-8 bytes of text behind the tokens.
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
+    answers: np.ndarray
     n_bytes: int = 0
 
     def __post_init__(self):
+        if len(self.answers) != len(self.offsets) - 1:
+            raise ValueError(
+                f"{len(self.answers)} answers for {len(self.offsets) - 1} documents of the store"
+            )
         bounds = self.offsets
         if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != len(self.tokens):
             raise ValueError(
@@ -55,11 +60,14 @@ class TokenStore:
         return len(self.tokens)
 
     @classmethod
-    def from_documents(cls, documents: Iterable[Sequence[int]]) -> "TokenStore":
-        """A store in memory from ids."""
+    def from_documents(
+        cls, documents: Iterable[Sequence[int]], answers: Sequence[int] | None = None
+    ) -> "TokenStore":
+        """A store in memory from ids, and where each document's answer begins (0 if None)."""
         arrays = [np.asarray(d, np.uint32) for d in documents]
         lengths = [len(a) for a in arrays]
-        return cls(np.concatenate(arrays), np.cumsum([0, *lengths], dtype=np.int64))
+        begin = np.zeros(len(arrays), np.int64) if answers is None else np.asarray(answers)
+        return cls(np.concatenate(arrays), np.cumsum([0, *lengths], dtype=np.int64), begin)
 
     @classmethod
     def open(cls, directory: str | Path) -> "TokenStore":
@@ -70,7 +78,8 @@ class TokenStore:
             tokens = np.load(directory / "tokens.npy", mmap_mode="r", allow_pickle=False)
             tokens = tokens.view(np.ndarray)  # still mapped; plain indexing is faster
             offsets = np.load(directory / "offsets.npy", allow_pickle=False)
-            return cls(tokens, offsets, meta["n_bytes"])
+            answers = np.load(directory / "answers.npy", allow_pickle=False)
+            return cls(tokens, offsets, answers, meta["n_bytes"])
         except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{directory}: not a usable token store ({error}); delete it to have it rebuilt"
@@ -84,7 +93,7 @@ def build_store(
     *,
     progress: bool = True,
 ) -> TokenStore:
-    """Tokenises files and folders (`train_mtp.documents`), or finds the result of an earlier call.
+    """Tokenises files and folders (`dskjax.documents`), or finds the result of an earlier call.
 
     Each document gets bos in front and eos behind, once. The cache folder's name is a hash of the
     tokenizer and of the files' contents in order, so a moved file is found again and an edited one
@@ -121,59 +130,10 @@ def store_key(files: Sequence[Path], tokenizer: Tokenizer) -> str:
     return digest.hexdigest()
 
 
-def tokenise(
-    documents: Iterable[Document], tokenizer: Tokenizer
-) -> Iterator[tuple[Document, np.ndarray]]:
-    """Each document with its ids, bos and eos exactly once among them."""
-    if tokenizer.bos_id is None:
-        raise ValueError("training needs a bos token; name bos_token in tokenizer_config.json")
-    bos, eos = tokenizer.bos_id, tokenizer.eos_ids
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    for batch in _batches(documents):
-        # Two passes: special tokens are parsed only in what a chat template wrote.
-        pieces = [(n, piece) for n, d in enumerate(batch) for piece in _pieces(d.text)]
-        ids: list[list[int]] = [[] for _ in batch]
-        for rendered in (False, True):
-            chosen = [(n, piece) for n, piece in pieces if batch[n].rendered == rendered]
-            encoded = tokenizer.encode_batch([p for _, p in chosen], parse_special=rendered)
-            for (n, _), part in zip(chosen, encoded, strict=True):
-                ids[n] += part
-        for document, body in zip(batch, ids, strict=True):
-            front = [] if body[0] == bos else [bos]
-            back = [] if body[-1] in eos else [eos[0]]
-            yield document, np.fromiter(itertools.chain(front, body, back), dtype)
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _pieces(text: str, limit: int = _PIECE_CHARS) -> list[str]:
-    """Cuts a very long text where the pre-tokenizer cuts too: between a newline and a non-blank."""
-    if len(text) <= limit:
-        return [text]
-    pieces, start = [], 0
-    while len(text) - start > limit:
-        cut = start + limit
-        while cut < len(text) and not (text[cut - 1] == "\n" and not text[cut].isspace()):
-            newline = text.find("\n", cut)
-            cut = len(text) if newline < 0 else newline + 1
-        pieces.append(text[start:cut])
-        start = cut
-    return [*pieces, text[start:]] if start < len(text) else pieces
-
-
 def _write_store(files: Sequence[Path], tokenizer: Tokenizer, out: Path, progress: bool) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     lengths: list[int] = []
+    answers: list[int] = []
     n_tokens = n_bytes = 0
     columns = (*rich.progress.Progress.get_default_columns(), "{task.fields[note]}")
     with (
@@ -190,9 +150,10 @@ def _write_store(files: Sequence[Path], tokenizer: Tokenizer, out: Path, progres
 
         _write_header(file, dtype, 0)
         header = file.tell()
-        for document, ids in tokenise(documents(), tokenizer):
+        for document, ids, answer in tokenise(documents(), tokenizer):
             file.write(ids.tobytes())
             lengths.append(len(ids))
+            answers.append(answer)
             n_tokens += len(ids)
             n_bytes += len(document.text.encode())
             if len(lengths) % 256 == 0:
@@ -206,6 +167,7 @@ def _write_store(files: Sequence[Path], tokenizer: Tokenizer, out: Path, progres
             f"no training text: all documents are blank in {', '.join(map(str, files))}"
         )
     np.save(out / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
+    np.save(out / "answers.npy", np.asarray(answers, np.int64))
     meta = {
         "n_tokens": n_tokens,
         "n_documents": len(lengths),

@@ -7,6 +7,18 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+WEIGHTS = (
+    "config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "hf_quant_config.json",
+    "quant_cfg.json",
+    "dskjax-params.json",
+    "top",
+    "layer-[0-9]*",
+)
+"""Names in a checkpoint folder that belong to its weights; all else goes along when they change."""
+
 
 @contextlib.contextmanager
 def replacing(path: str | Path, *, overwrite: bool) -> Iterator[Path]:
@@ -21,10 +33,7 @@ def replacing(path: str | Path, *, overwrite: bool) -> Iterator[Path]:
             folder.
     """
     place = Path(path).resolve()
-    taken = place.exists() and not (place.is_dir() and not any(place.iterdir()))
-    if taken and not (overwrite and (place / "config.json").is_file()):
-        fix = "it is not a checkpoint folder" if overwrite else "pass overwrite=True to replace it"
-        raise FileExistsError(f"{place} exists already; {fix}")
+    taken = check_free(place, overwrite=overwrite)
     place.parent.mkdir(parents=True, exist_ok=True)
     tag = secrets.token_hex(4)
     new, old = (place.with_name(f".{place.name}.{tag}.{kind}") for kind in ("tmp", "old"))
@@ -32,9 +41,7 @@ def replacing(path: str | Path, *, overwrite: bool) -> Iterator[Path]:
     try:
         yield new
         if taken:
-            ignore = shutil.ignore_patterns(
-                "config.json", "*.safetensors", "*.safetensors.index.json"
-            )
+            ignore = shutil.ignore_patterns(*WEIGHTS)
             shutil.copytree(place, new, symlinks=True, ignore=ignore, dirs_exist_ok=True)
         sync(new)
         if taken:
@@ -53,12 +60,36 @@ def replacing(path: str | Path, *, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(old)
 
 
+def check_free(place: Path, *, overwrite: bool) -> bool:
+    """Whether a folder that may be replaced lies at `place`.
+
+    Raises:
+        FileExistsError: something else lies there, or `overwrite` is false.
+    """
+    if not place.exists() or (place.is_dir() and not any(place.iterdir())):
+        return False
+    if not (overwrite and (place / "config.json").is_file()):
+        fix = "pass overwrite=True (--overwrite) to replace it"
+        if overwrite:
+            fix = "it is not a checkpoint folder"
+        raise FileExistsError(f"{place} exists already; {fix}")
+    return True
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a new file and flushes it to the disk."""
     with open(path, "x", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a file's content to a new file and flushes it to the disk."""
+    with open(source, "rb") as old, open(target, "xb") as new:
+        shutil.copyfileobj(old, new)
+        new.flush()
+        os.fsync(new.fileno())
 
 
 def sync(folder: Path) -> None:

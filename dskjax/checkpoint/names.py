@@ -18,6 +18,7 @@ from dskjax.config import ModelConfig
 from dskjax.layers.rope import half_split_order
 from dskjax.model import param_specs
 from dskjax.params import WeightSpec, named_leaves
+from dskjax.quantise import LINEARS
 
 EMBEDDING = "model.embed_tokens.weight"
 """The tensor whose dtype is that of the checkpoint."""
@@ -142,6 +143,11 @@ def aliases(cfg: ModelConfig) -> dict[str, Slot]:
     found = [f"model.layers.{first + k}.{copy}" for k in range(modules) for copy in copies]
     slots = {name: alias_of(name, cfg) for name in [HEAD, *found]}
     return {name: slot for name, slot in slots.items() if slot is not None}
+
+
+def is_linear(leaf: str) -> bool:
+    """Whether a leaf holds matrices that may stay quantized: attention, MLPs and experts."""
+    return leaf.rpartition(".")[2] in LINEARS
 
 
 def row_order(leaf: str, cfg: ModelConfig) -> np.ndarray | None:

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -298,10 +298,11 @@ class Pending:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write(path: Path, tensors: Iterable[Pending], metadata: dict[str, str] | None = None) -> None:
+def write(path: Path, tensors: Sequence[Pending], metadata: dict[str, str] | None = None) -> None:
     """Writes a file and flushes it to the disk; tensors are made and written one by one.
 
-    Wider dtypes come first, so that every tensor is aligned to its element size.
+    They are made in the order given. In the file wider dtypes come first, so that every tensor is
+    aligned to its element size.
 
     Args:
         path: a file that does not exist yet.
@@ -328,7 +329,8 @@ def write(path: Path, tensors: Iterable[Pending], metadata: dict[str, str] | Non
     raw += b" " * (-len(raw) % 8)
     with open(path, "xb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
-        for tensor in ordered:
+        for tensor in tensors:
+            file.seek(8 + len(raw) + header[tensor.name]["data_offsets"][0])
             value = np.ascontiguousarray(tensor.make())
             assert value.dtype == tensor.dtype and value.size * value.itemsize == tensor.nbytes, (
                 tensor

@@ -5,7 +5,7 @@ One `model.safetensors`, or an index `model.safetensors.index.json` with
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,7 +16,7 @@ from dskjax.checkpoint.safetensors import CheckpointError, Entry, SafetensorsFil
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -86,6 +86,11 @@ class Shards:
         """Dtype, shape and place of a tensor."""
         return self._of[name].entries[name]
 
+    def place(self, name: str) -> tuple[str, int]:
+        """Where a tensor begins; in this order files are read from front to back."""
+        file = self._of[name]
+        return file.path.name, file.entries[name].offset
+
     def read(
         self, name: str, start: int = 0, stop: int | None = None, out: np.ndarray | None = None
     ) -> np.ndarray:
@@ -133,7 +138,13 @@ def _check_file_name(index: Path, name: str, file: Any) -> None:
         )
 
 
-def _check_indexed(index: Path, file: SafetensorsFile, known: Iterable[str]) -> None:
+def _check_indexed(index: Path, file: SafetensorsFile, known: dict[str, str]) -> None:
+    for name in file.entries:
+        if known.get(name, file.path.name) != file.path.name:
+            raise CheckpointError(
+                f"{index}: tensor {name!r} should be in {known[name]}, but {file.path.name} holds "
+                "one, too; remove the one that is out of date"
+            )
     extra = sorted(set(file.entries) - set(known))
     if extra:
         raise CheckpointError(
@@ -144,7 +155,7 @@ def _check_indexed(index: Path, file: SafetensorsFile, known: Iterable[str]) -> 
 
 def _what_is_there(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir())
-    if found := [name for name in names if name.endswith(_PICKLED)]:
+    if found := [name for name in names if name.endswith(PICKLED)]:
         return (
             f"has pickled weights ({found[0]}) but no {SINGLE}. A pickle can run any code, "
             "so none is ever loaded: convert the checkpoint to safetensors first"

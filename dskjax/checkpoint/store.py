@@ -6,10 +6,9 @@ caller's (say, the position in the data). Restoring checks the manifest first: O
 to another dtype without a word. For exchange with other programs see `hf`.
 """
 
-import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from dskjax.checkpoint.part_files import as_checkpoint_error
 from dskjax.checkpoint.safetensors import CheckpointError
 
 _STATE, _MANIFEST = "state", "manifest"
@@ -75,10 +75,17 @@ class Store:
         directory: where the steps lie; made if absent.
         keep_last: how many steps to keep; older ones are deleted. None keeps all.
         keep_every: also keep the steps that are multiples of this.
+        keep_best: also keep the step with the largest value of this metric, among those that are
+            saved with it.
     """
 
     def __init__(
-        self, directory: str | Path, *, keep_last: int | None = 3, keep_every: int | None = None
+        self,
+        directory: str | Path,
+        *,
+        keep_last: int | None = 3,
+        keep_every: int | None = None,
+        keep_best: str | None = None,
     ):
         for name, value in (("keep_last", keep_last), ("keep_every", keep_every)):
             if value is not None and value < 1:
@@ -88,7 +95,7 @@ class Store:
         self._manager = ocp.CheckpointManager(
             self.directory,
             handler_registry=_handlers(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep_last, keep_period=keep_every),
+            options=_options(keep_last, keep_every, keep_best),
         )
 
     def __enter__(self) -> "Store":
@@ -111,13 +118,25 @@ class Store:
         """The last complete step on disk; None when there is none."""
         return max(self.steps(), default=None)
 
-    def save(self, step: int, state: Any, extra: Mapping[str, Any] | None = None) -> None:
+    def best(self) -> int | None:
+        """The complete step with the best metric; None when there is none, or no `keep_best`."""
+        self.wait()
+        return self._manager.best_step() if self._manager.latest_step() is not None else None
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        extra: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
         """Starts to write a step; first waits for the one before.
 
         Args:
             step: its number, higher than all that were saved before.
             state: pytree of JAX arrays.
             extra: a JSON object to keep with it.
+            metrics: figures of the step, with `keep_best` among them if it is to compete.
 
         Raises:
             ValueError: the step is not after the last one, a leaf is not a JAX array, or `extra` is
@@ -132,7 +151,7 @@ class Store:
             for leftover in self.directory.glob(_UNFINISHED):
                 shutil.rmtree(leftover)
         self._swept = True
-        saved = self._manager.save(step, args=args, force=True)
+        saved = self._manager.save(step, args=args, metrics=metrics, force=True)
         assert saved, step
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
@@ -151,6 +170,21 @@ class Store:
         """Waits, and frees the threads."""
         self.wait()
         self._manager.close()
+
+
+def _options(last: int | None, every: int | None, best: str | None) -> ocp.CheckpointManagerOptions:
+    if best is None:
+        return ocp.CheckpointManagerOptions(max_to_keep=last, keep_period=every)
+    kinds = ocp.checkpoint_managers
+    metric = lambda metrics: metrics[best]  # noqa: E731
+    keep = [
+        kinds.LatestN(last),
+        kinds.BestN(get_metric_fn=metric, n=1, keep_checkpoints_without_metrics=False),
+    ]
+    if every is not None:
+        keep.append(kinds.EveryNSteps(every))
+    policy = kinds.AnyPreservationPolicy(keep)
+    return ocp.CheckpointManagerOptions(best_fn=metric, preservation_policy=policy)
 
 
 def _handlers() -> ocp.handlers.DefaultCheckpointHandlerRegistry:
@@ -188,7 +222,7 @@ def _save_args(state: Any, extra: Mapping[str, Any] | None) -> Any:
 def _restore(place: Path, like: Any, read: Any) -> tuple[Any, dict[str, Any]]:
     if not place.is_dir():
         raise CheckpointError(f"{place}: expected a checkpoint folder, found nothing of the kind")
-    with _as_checkpoint_error(place):
+    with as_checkpoint_error(place):
         manifest = read(ocp.args.Composite(**{_MANIFEST: ocp.args.JsonRestore()}))[_MANIFEST]
     if not isinstance(manifest, dict) or set(manifest) != {"leaves", "extra"}:
         raise CheckpointError(f"{place}: was not written by dskjax.checkpoint.store")
@@ -201,21 +235,13 @@ def _restore(place: Path, like: Any, read: Any) -> tuple[Any, dict[str, Any]]:
         raise CheckpointError(
             f"{place}: leaf {extra[0]!r}: expected none, found {stored[extra[0]]}"
         )
-    with _as_checkpoint_error(place):
+    with as_checkpoint_error(place):
         plain = {name: _as_stored(leaf) for name, leaf in wanted.items()}
         placed = ocp.checkpoint_utils.construct_restore_args(plain)
         args = ocp.args.PyTreeRestore(plain, restore_args=placed)
         found = read(ocp.args.Composite(**{_STATE: args}))[_STATE]
     leaves = [_as_wanted(found[name], leaf) for name, leaf in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(like), leaves), manifest["extra"]
-
-
-@contextlib.contextmanager
-def _as_checkpoint_error(place: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # for a damaged file Orbax raises whatever it likes, even Exception
-        raise CheckpointError(f"{place}: cannot be restored ({str(error)[:300]})") from error
 
 
 def _by_name(tree: Any) -> dict[str, Any]:

@@ -4,13 +4,29 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from dskjax.cli import acceptance, bench, model, serve, train
+from dskjax.cli import acceptance, bench, convert, eplb, eval, heads, model, serve, train
 from dskjax.cli.common import app, err, train_mtp
 
-SERVE_EXTRA = ("fastapi", "httpx2", "prometheus_client", "uvicorn")
-"""Packages that only the server and its clients need."""
+EXTRAS = {
+    **dict.fromkeys(("fastapi", "httpx2", "prometheus_client", "uvicorn"), "serve"),
+    "grain": "train",
+}
+"""Extra of each package that only some commands need."""
 
-__all__ = ["acceptance", "app", "bench", "main", "model", "serve", "train", "train_mtp"]
+__all__ = [
+    "acceptance",
+    "app",
+    "bench",
+    "convert",
+    "eplb",
+    "eval",
+    "heads",
+    "main",
+    "model",
+    "serve",
+    "train",
+    "train_mtp",
+]
 
 
 @app.callback()
@@ -34,14 +50,15 @@ def main(command: typer.Typer = app) -> NoReturn:
     """
     try:
         command(standalone_mode=True)
-    except (ValueError, NotImplementedError, FileNotFoundError) as error:
+    except (ValueError, NotImplementedError, FileNotFoundError, FileExistsError) as error:
         err.print(f"error: {error}", style="red", soft_wrap=True, highlight=False, markup=False)
         raise SystemExit(2) from error
     except ModuleNotFoundError as error:
-        if error.name not in SERVE_EXTRA:
+        extra = EXTRAS.get(error.name or "")
+        if extra is None:
             raise
         err.print(
-            f"error: {error.name} is not installed; it comes with pip install 'dskjax[serve]'",
+            f"error: {error.name} is not installed; it comes with pip install 'dskjax[{extra}]'",
             style="red",
             markup=False,
         )

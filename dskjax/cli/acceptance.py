@@ -6,7 +6,17 @@ from typing import Annotated
 
 import typer
 
-from dskjax.cli.common import DtypeOption, ImplOption, ModelDir, bench, err, load
+from dskjax.cli.common import (
+    DequantiseOption,
+    DtypeOption,
+    ImplOption,
+    ModelDir,
+    RevisionOption,
+    bench,
+    err,
+    find,
+    load,
+)
 
 
 @bench.command()
@@ -38,6 +48,8 @@ def acceptance(
         typer.Option(help="Measure nothing: draw these acceptance.json, joined. Repeat."),
     ] = None,
     dtype: DtypeOption = None,
+    dequantise: DequantiseOption = False,
+    revision: RevisionOption = None,
     impl: ImplOption = "auto",
 ) -> None:
     """How many drafts each acceptance rule keeps, and what the lossy ones cost; tables and plot."""
@@ -51,7 +63,8 @@ def acceptance(
         result = joined([json.loads(path.read_text()) for path in join])
     else:
         rules = tuple(map(RuleOptions.parse, rule)) if rule else RULES
-        params, cfg = load(model, dtype)
+        model = find(model, revision)
+        params, cfg = load(model, dtype, dequantise=dequantise)
         tokenizer = Tokenizer.load(model)
         kinds, answers = load_prompts(prompts, tokenizer, count=count, length=length)
         result = report(

@@ -27,7 +27,13 @@ class Dtype(enum.StrEnum):
     bfloat16 = "bfloat16"
 
 
-ModelDir = Annotated[Path, typer.Argument(help="Checkpoint folder: config.json and safetensors.")]
+ModelDir = Annotated[Path, typer.Argument(help="Checkpoint folder, or org/name on the hub.")]
+RevisionOption = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")
+]
+DequantiseOption = Annotated[
+    bool, typer.Option("--dequantise", help="Make floats of quantized weights while loading.")
+]
 DtypeOption = Annotated[
     Dtype | None, typer.Option(help="Compute dtype. Default: float32 on a CPU, bfloat16 on a GPU.")
 ]
@@ -58,15 +64,30 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
-def load(path: Path, dtype: Dtype | None) -> tuple[Any, Any]:
-    """(params, config) of a checkpoint folder in the compute dtype of the machine, or the given."""
+def find(model: Path, revision: str | None = None, *, weights: bool = True) -> Path:
+    """The folder of a model; one on the hub is downloaded first, if need be without its weights."""
+    from dskjax.checkpoint import hub
+
+    return hub.find(model, revision=revision, weights=weights, progress=err.is_terminal)
+
+
+def load(
+    path: Path, dtype: Dtype | None, *, dequantise: bool = False, revision: str | None = None
+) -> tuple[Any, Any]:
+    """(params, config) of a model in the compute dtype of the machine, or the given."""
     import jax
 
-    from dskjax.checkpoint.hf import load_hf
+    from dskjax.checkpoint import load
 
     if dtype is None:
         dtype = Dtype.float32 if jax.default_backend() == "cpu" else Dtype.bfloat16
     if dtype is Dtype.float32:
         # A GPU multiplies fp32 in tf32 unless told otherwise.
         jax.config.update("jax_default_matmul_precision", "highest")
-    return load_hf(path, dtype=dtype.value, progress=err.is_terminal)
+    return load(
+        path,
+        dtype=dtype.value,
+        quantised="dequantise" if dequantise else "keep",
+        revision=revision,
+        progress=err.is_terminal,
+    )

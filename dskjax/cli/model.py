@@ -8,13 +8,16 @@ from rich.console import Console
 from rich.table import Table
 
 from dskjax.cli.common import (
+    DequantiseOption,
     DtypeOption,
     ImplOption,
     ModelDir,
+    RevisionOption,
     RuleOption,
     app,
     chosen_rule,
     err,
+    find,
     load,
     write,
 )
@@ -22,7 +25,9 @@ from dskjax.cli.common import (
 
 @app.command()
 def info(
-    model: Annotated[str, typer.Argument(help="A preset, or a checkpoint folder.")],
+    model: Annotated[
+        str, typer.Argument(help="A preset, a checkpoint folder, or org/name on the hub.")
+    ],
     gpu: Annotated[
         str | None, typer.Option(help="Bound decode steps: h20, h800, h100, h200.")
     ] = None,
@@ -30,18 +35,25 @@ def info(
     context: Annotated[int, typer.Option(help="With --gpu: cached tokens per sequence.")] = 4096,
     drafts: Annotated[int, typer.Option(help="With --gpu: drafts verified a step.")] = 0,
     experts: Annotated[str, typer.Option(help="With --gpu: int4, fp8 or bf16.")] = "int4",
+    cache: Annotated[
+        str, typer.Option(help="With --gpu: fp8_tensor, fp8_tile or bf16.")
+    ] = "fp8_tensor",
     plot: Annotated[Path | None, typer.Option(help="With --gpu: draw the bounds, .png.")] = None,
+    revision: RevisionOption = None,
 ) -> None:
     """Parameter counts, memory and cache size of a model; with --gpu, its roofline."""
     from dskjax.checkpoint.hf import load_config
     from dskjax.commands.info import describe
     from dskjax.presets import PRESETS, preset
 
-    if model not in PRESETS and not Path(model).exists():
+    if model not in PRESETS and not Path(model).exists() and "/" not in model:
         raise ValueError(
             f"{model!r} is neither a folder nor a preset; presets: {', '.join(PRESETS)}"
         )
-    cfg = preset(model) if model in PRESETS else load_config(model)
+    if model in PRESETS:
+        cfg = preset(model)
+    else:
+        cfg = load_config(find(Path(model), revision, weights=False))
     table = Table(title=model, show_header=False)
     for what, value in describe(cfg):
         table.add_row(what, value)
@@ -51,7 +63,9 @@ def info(
         from dskjax.mesh import expert_ways
 
         ep = expert_ways(mesh)
-        floors = roofline_rows(cfg, gpu, ep=ep, context=context, drafts=drafts, experts=experts)
+        floors = roofline_rows(
+            cfg, gpu, ep=ep, context=context, drafts=drafts, experts=experts, cache=cache
+        )
         Console().print(roofline_table(floors, f"{gpu}, ep={ep}, {context} cached tokens"))
         if plot is not None:
             err.print(f"plot: {plot_roofline(floors, plot)}", soft_wrap=True)
@@ -63,6 +77,8 @@ def logits(
     ids: Annotated[Path, typer.Option(help="Integer ids [B, T], .npy.")],
     out: Annotated[Path, typer.Option(help="Where to write fp32 logits [B, T, V], .npy.")],
     dtype: DtypeOption = None,
+    dequantise: DequantiseOption = False,
+    revision: RevisionOption = None,
     mtp_depth: Annotated[int, typer.Option(help="Logits of this MTP depth, [B, T-K, V].")] = 0,
     hidden: Annotated[
         Path | None, typer.Option(help="Also write hidden states and chosen experts, .npz.")
@@ -73,7 +89,7 @@ def logits(
     from dskjax.commands.ids import load_ids, save_atomically
     from dskjax.commands.logits import compute
 
-    params, cfg = load(model, dtype)
+    params, cfg = load(model, dtype, dequantise=dequantise, revision=revision)
     tokens = load_ids(ids, cfg)
     values, states = compute(
         params, cfg, tokens, mtp_depth=mtp_depth, hidden=hidden is not None, impl=impl
@@ -110,6 +126,8 @@ def generate(
         Path | None, typer.Option(help="With --ids: write new ids [B, N], .npy.")
     ] = None,
     dtype: DtypeOption = None,
+    dequantise: DequantiseOption = False,
+    revision: RevisionOption = None,
     impl: ImplOption = "auto",
 ) -> None:
     """Continue a text, a chat or rows of ids; text streams to stdout, figures go to stderr."""
@@ -122,7 +140,8 @@ def generate(
         raise ValueError("give exactly one of --prompt, --chat and --ids")
     if out_ids is not None and ids is None:
         raise ValueError("--out-ids needs --ids")
-    params, cfg = load(model, dtype)
+    model = find(model, revision)
+    params, cfg = load(model, dtype, dequantise=dequantise)
     options: dict[str, Any] = {
         "max_tokens": max_tokens,
         "drafts": speculate,

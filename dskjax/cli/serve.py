@@ -7,12 +7,15 @@ from typing import Annotated, Literal
 import typer
 
 from dskjax.cli.common import (
+    DequantiseOption,
     Dtype,
     DtypeOption,
     ImplOption,
     ModelDir,
+    RevisionOption,
     app,
     err,
+    find,
 )
 
 
@@ -73,6 +76,10 @@ def serve(
         bool,
         typer.Option(help="Let requests choose rules, penalties, biases, logprobs, min_tokens."),
     ] = True,
+    prompt_logprobs: Annotated[
+        bool,
+        typer.Option(help="Score prompts too (echo with logprobs): compiles more programs."),
+    ] = False,
     unroll: Annotated[
         bool | None,
         typer.Option(help="Compile every layer on its own: faster steps. Default: on a GPU."),
@@ -102,6 +109,8 @@ def serve(
         str, typer.Option(help="Break transfers on purpose, to test; see the README.")
     ] = "",
     dtype: DtypeOption = None,
+    dequantise: DequantiseOption = False,
+    revision: RevisionOption = None,
     impl: ImplOption = "auto",
 ) -> None:
     """Serve a model over HTTP with an OpenAI API; prefill and decode together or apart."""
@@ -124,9 +133,10 @@ def serve(
     if (dtype or (Dtype.float32 if on_cpu else Dtype.bfloat16)) is Dtype.float32:
         jax.config.update("jax_default_matmul_precision", "highest")
     rule = RuleOptions.parse(accept)
+    folder = find(model, revision)
     names = tuple(dict.fromkeys([*filter(None, rules.split(",")), rule.name]))
     engine = engine_config(
-        model,
+        folder,
         max_model_len=max_model_len,
         drafts=speculate,
         slots=slots,
@@ -142,6 +152,7 @@ def serve(
         few_buckets=on_cpu if few_buckets is None else few_buckets,
         mixed=not on_cpu if mixed is None else mixed,
         extras=extras,
+        prompt_logprobs=prompt_logprobs,
         unroll=not on_cpu if unroll is None else unroll,
         memory_fraction=memory_fraction,
         max_waiting=max_waiting,
@@ -151,13 +162,14 @@ def serve(
     )
     keys = [*(api_key or []), *filter(None, [os.environ.get("DSKJAX_API_KEY")])]
     options = ServerOptions(
-        model=model,
+        model=folder,
         name=name or model.resolve().name,
         roles=parsed,
         engine=engine,
         router=router,
         faults=inject_faults,
         dtype=None if dtype is None else dtype.value,
+        quantised="dequantise" if dequantise else "keep",
         http=HttpConfig(api_keys=tuple(keys), public_metrics=public_metrics),
     )
     status = serve_model(options, host, port, drain_timeout, err)

@@ -1,4 +1,4 @@
-"""Commands that train and evaluate: pretrain, train-mtp."""
+"""The command that trains a model from scratch: pretrain."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,15 +7,9 @@ import typer
 
 from dskjax.cli.common import (
     Dtype,
-    DtypeOption,
     ImplOption,
-    ModelDir,
-    RuleOption,
     app,
-    chosen_rule,
     err,
-    load,
-    train_mtp,
 )
 
 
@@ -93,56 +87,3 @@ def pretrain(
     except NonFiniteLossError as error:
         raise ValueError(str(error)) from error
     err.print(f"exported {folder}", soft_wrap=True)
-
-
-@train_mtp.command()
-def evaluate(
-    model: ModelDir,
-    text: Annotated[list[str], typer.Option(help="Held-out files, KIND=PATH or plain; repeat.")],
-    drafts: Annotated[int, typer.Option(help="Tokens drafted a step.")] = 1,
-    temperature: Annotated[float, typer.Option(help="Of target and drafts.")] = 0.6,
-    rule: RuleOption = "auto",
-    prompts: Annotated[int, typer.Option(help="Prompts per kind of text.")] = 32,
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 64,
-    max_tokens: Annotated[int, typer.Option(help="New tokens per prompt.")] = 64,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    json_out: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures here, not to stdout.")
-    ] = None,
-    dtype: DtypeOption = None,
-    impl: ImplOption = "auto",
-) -> None:
-    """Acceptance of drafts on held-out text, by real speculative decoding, by kind of text."""
-    import json
-
-    import jax
-
-    from dskjax.tokenizer import Tokenizer
-    from train_mtp.acceptance import measure, prompts_of
-    from train_mtp.evaluation import documents_by_kind
-
-    params, cfg = load(model, dtype)
-    tokenizer = Tokenizer.load(model)
-    kinds = {
-        kind: prompts_of(documents, tokenizer, count=prompts, length=prompt_tokens)
-        for kind, documents in documents_by_kind(text, tokenizer=tokenizer).items()
-    }
-    name = chosen_rule(rule, temperature)
-    figures = measure(
-        params,
-        cfg,
-        kinds,
-        drafts=drafts,
-        temperature=temperature,
-        rule=name,
-        max_tokens=max_tokens,
-        seed=seed,
-        impl=impl,
-    )
-    settings = {"model": model.name, "drafts": drafts, "temperature": temperature, "rule": name}
-    report = json.dumps({**settings, "device": jax.devices()[0].device_kind, **figures}, indent=2)
-    if json_out is None:
-        print(report)
-    else:
-        json_out.parent.mkdir(parents=True, exist_ok=True)
-        json_out.write_text(report + "\n")

@@ -35,7 +35,8 @@ from dskjax.decode.generate import Generation, generate
 from dskjax.decode.rules import RuleOptions, ThinkIds
 from dskjax.decode.sampling import SamplingParams
 from dskjax.decode.stats import AcceptanceStats
-from dskjax.model import apply
+from dskjax.evaluation.intervals import bootstrap
+from dskjax.evaluation.logprobs import token_logprobs
 from dskjax.params import Params
 from dskjax.tokenizer import Tokenizer
 
@@ -59,7 +60,6 @@ PUBLISHED = {"strict": 0.51, "rejection": 0.56, "typical": 0.62, "hybrid": 0.70}
 """accepted / drafted of another system with another, far larger model, by rule."""
 
 _SCORED = 16  # texts scored at once
-_RESAMPLES = 1000  # bootstrap resamples of the prompts
 
 
 class _Asked(NamedTuple):
@@ -275,7 +275,7 @@ def score(
         for row, (prompt, text, temperature) in enumerate(chunk):
             ids[row, : len(prompt) + len(text)] = [*prompt, *text]
             heats[row] = temperature
-        logp = np.asarray(_token_logp(params, jnp.asarray(ids), jnp.asarray(heats), cfg=cfg))
+        logp = np.asarray(_logprobs(params, jnp.asarray(ids), jnp.asarray(heats), cfg=cfg))
         for row, (prompt, text, _) in enumerate(chunk):
             first = len(prompt) - 1
             bits.append(-float(logp[row, first : first + len(text)].sum()) / np.log(2))
@@ -283,13 +283,10 @@ def score(
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def _token_logp(
+def _logprobs(
     params: Params, ids: jax.Array, temperature: jax.Array, *, cfg: ModelConfig
 ) -> jax.Array:
-    """Log-probability of tokens 1.. of each row, [B, T-1]."""
-    logits = apply(params, ids, cfg=cfg)[:, :-1] / temperature[:, None, None]
-    found = jnp.take_along_axis(logits, ids[:, 1:, None], axis=2)[..., 0]
-    return found - jax.nn.logsumexp(logits, axis=2)
+    return token_logprobs(params, ids, cfg=cfg, temperature=temperature)
 
 
 def is_right(tokens: Sequence[int], answer: str, tokenizer: Tokenizer) -> bool:
@@ -353,12 +350,12 @@ def _figures(
     ]
     figures = {
         "accepted_per_drafted": total.accepted_per_drafted,
-        "ci95": _interval(accepted, drafted),
+        "ci95": bootstrap(accepted, drafted),
         "mean_accepted_length": total.mean_accepted_length,
         "per_position": _plain(total.per_position),
         "conditional": _plain(total.conditional),
         "bits_per_byte": float(spent.sum() / max(sizes.sum(), 1)),
-        "bits_ci95": _interval(spent, sizes),
+        "bits_ci95": bootstrap(spent, sizes),
         "prompts": len(mine),
         "steps": total.steps,
         "tokens": total.emitted,
@@ -366,17 +363,10 @@ def _figures(
     if rights:
         exact = np.array(rights, np.int64)
         figures["exact"] = float(exact.mean())
-        figures["exact_ci95"] = _interval(exact, np.ones_like(exact))
+        figures["exact_ci95"] = bootstrap(exact, np.ones_like(exact))
     return figures
 
 
 def _plain(rates: Sequence[float]) -> list[float | None]:
     """JSON knows no NaN: the rate of an empty count is null."""
     return [None if math.isnan(rate) else rate for rate in rates]
-
-
-def _interval(parts: np.ndarray, wholes: np.ndarray) -> list[float]:
-    """95% interval of sum(parts) / sum(wholes), bootstrap over prompts."""
-    picks = np.random.default_rng(0).integers(0, len(parts), (_RESAMPLES, len(parts)))
-    ratios = parts[picks].sum(axis=1) / np.maximum(wholes[picks].sum(axis=1), 1)
-    return np.quantile(ratios, [0.025, 0.975]).tolist()

@@ -1,11 +1,13 @@
 """`dskjax generate`: continue a text, a chat or rows of ids, and say how speculation went."""
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
 
 from dskjax.config import ModelConfig
 from dskjax.decode import Generation, SamplingParams, generate
+from dskjax.decode.phase import ThinkIds
 from dskjax.params import Params
 from dskjax.tokenizer import IncrementalDecoder, Tokenizer
 
@@ -21,14 +23,24 @@ def continue_text(
     **options,
 ) -> Generation:
     """Generates from one prompt and hands text to `write` as it comes; options are those of
-    `dskjax.decode.generate`.
+    `dskjax.decode.generate`. The end tokens of the model and of the tokenizer end it.
     """
     decoder = IncrementalDecoder(tokenizer)
+    ends = tuple(dict.fromkeys([*cfg.eos_token_id, *tokenizer.eos_ids]))
 
     def stream(_: int, new: list[int]) -> None:
-        write(decoder.push(*(token for token in new if token not in cfg.eos_token_id)))
+        write(decoder.push(*(token for token in new if token not in ends)))
 
-    result = generate(params, cfg, [ids], sampling=sampling, on_tokens=stream, **options)
+    result = generate(
+        params,
+        dataclasses.replace(cfg, eos_token_id=ends),
+        [ids],
+        sampling=sampling,
+        thinking=[tokenizer.is_thinking(ids)],
+        think=ThinkIds(tokenizer.think_id, tokenizer.end_think_id),
+        on_tokens=stream,
+        **options,
+    )
     write(decoder.finish())
     return result
 

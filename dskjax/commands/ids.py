@@ -15,22 +15,11 @@ def load_ids(path: Path, cfg: ModelConfig) -> np.ndarray:
         ValueError: not a readable `.npy` file, not a non-empty integer matrix, an id outside the
             vocabulary, or rows longer than the model's context; the message names the file.
     """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; --ids wants a .npy array of integers [B, T]")
-    try:
-        ids = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is not a .npy array: {error}") from error
-    if (
-        not isinstance(ids, np.ndarray)
-        or ids.ndim != 2
-        or not np.issubdtype(ids.dtype, np.integer)
-        or not ids.size
-    ):
-        found = (
-            f"{ids.dtype} {ids.shape}" if isinstance(ids, np.ndarray) else "an archive of arrays"
+    ids = load_array(path, "a .npy array of integers [B, T]")
+    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or not ids.size:
+        raise ValueError(
+            f"{path} holds {ids.dtype} {ids.shape}; expected a non-empty integer array [B, T]"
         )
-        raise ValueError(f"{path} holds {found}; expected a non-empty integer array [B, T]")
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= cfg.vocab_size:
         raise ValueError(
@@ -42,6 +31,23 @@ def load_ids(path: Path, cfg: ModelConfig) -> np.ndarray:
             f"{path} has rows of {ids.shape[1]} tokens, more than {cfg.max_position_embeddings=}"
         )
     return ids.astype(np.int32)
+
+
+def load_array(path: Path, wanted: str) -> np.ndarray:
+    """Reads one array.
+
+    Raises:
+        ValueError: not a readable `.npy` file; the message names it and what is `wanted`.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; expected {wanted}")
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is not a .npy array: {error}") from error
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{path} holds an archive of arrays; expected {wanted}")
+    return array
 
 
 def save_atomically(path: Path, value: np.ndarray | Mapping[str, np.ndarray]) -> None:

@@ -1,16 +1,22 @@
 """`dskjax info`: what a model is made of, and what it costs to hold."""
 
 import dataclasses
+import math
 import typing
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 from rich.table import Table
 
 from dskjax import roofline
 from dskjax.config import ModelConfig
 from dskjax.model import param_specs
-from dskjax.params import count
+from dskjax.params import abstract, count, is_weight, nbytes
+from dskjax.quantise import Precision, quantise
+from pallas_kernels import QTensor
+
+Stored = typing.Literal["float32", "bfloat16", "fp8", "w4afp8"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,10 +49,30 @@ def parameter_counts(cfg: ModelConfig) -> Counts:
     return Counts(total=total, active=total - idle, mtp=mtp)
 
 
-def cache_bytes_per_token(cfg: ModelConfig, *, itemsize: int = 2, mtp: bool = True) -> int:
-    """Bytes the latent cache holds per token: a latent and a rope key per layer."""
-    layers = cfg.num_cache_layers if mtp else cfg.num_hidden_layers
-    return layers * (cfg.mla.kv_lora_rank + cfg.mla.qk_rope_head_dim) * itemsize
+def weight_bytes(
+    cfg: ModelConfig, stored: Stored, *, mtp: bool = False, int4_scale_bytes: int = 4
+) -> int:
+    """Bytes of all weights, scales included, from the declared shapes.
+
+    Args:
+        cfg: the model.
+        stored: a dtype for all weights, or a precision of `dskjax.quantise` with the rest in bf16.
+        mtp: weights of the MTP modules instead of the trunk's.
+        int4_scale_bytes: 4 as dskjax holds scales of int4 weights, 2 where they are bf16.
+    """
+    dtype = stored if stored in ("float32", "bfloat16") else "bfloat16"
+    trunk = abstract(param_specs(cfg), dtype)
+    modules = {k: trunk.pop(k) for k in ["mtp_layers"] if k in trunk}
+    params = modules if mtp else trunk
+    if not params or stored == dtype:
+        return nbytes(params)
+    out = jax.eval_shape(lambda p: quantise(p, typing.cast(Precision, stored)), params)
+    int4 = sum(
+        math.prod(leaf.scales.shape)
+        for leaf in jax.tree.leaves(out, is_leaf=is_weight)
+        if isinstance(leaf, QTensor) and leaf.format == "int4"
+    )
+    return nbytes(out) - int4 * (4 - int4_scale_bytes)
 
 
 def describe(cfg: ModelConfig) -> list[tuple[str, str]]:
@@ -74,15 +100,47 @@ def describe(cfg: ModelConfig) -> list[tuple[str, str]]:
         ("active per token", f"{counts.active:,}"),
         ("parameters of MTP modules", f"{counts.mtp:,}"),
     ]
-    weights = counts.total + counts.mtp
-    for name, size in (("float32", 4), ("bfloat16", 2)):
-        rows.append((f"weights in {name}", human_bytes(weights * size)))
-    for name, size in (("float32", 4), ("bfloat16", 2)):
-        rows.append(
-            (f"cache per token in {name}", f"{cache_bytes_per_token(cfg, itemsize=size):,} bytes")
-        )
+    rows += [(f"weights in {name}", _weights(cfg, stored)) for stored, name in FORMS.items()]
+    rows += [(f"cache per token in {name}", _cache(cfg, layout)) for layout, name in CACHES.items()]
     rows.append(("max_position_embeddings", f"{cfg.max_position_embeddings:,}"))
     return rows
+
+
+FORMS: dict[Stored, str] = {
+    "float32": "float32",
+    "bfloat16": "bfloat16",
+    "fp8": "fp8 (blocks 128x128)",
+    "w4afp8": "fp8, experts int4",
+}
+"""Forms of weights that `dskjax info` lists, with their names there."""
+
+CACHES: dict[roofline.CacheLayout, str] = {
+    "bf16": "bfloat16",
+    "fp8_tensor": "fp8 (one scale)",
+    "fp8_tile": "fp8 (tiles of 128)",
+}
+"""Layouts of the cache that `dskjax info` lists, with their names there."""
+
+
+def _weights(cfg: ModelConfig, stored: Stored) -> str:
+    if stored == "w4afp8" and cfg.moe is not None:
+        if cfg.hidden_size % 2 or cfg.moe.moe_intermediate_size % 2:
+            return "impossible: int4 packs pairs, and a width is odd"
+    text = human_bytes(weight_bytes(cfg, stored))
+    if cfg.mtp.num_nextn_predict_layers:
+        text += f" + {human_bytes(weight_bytes(cfg, stored, mtp=True))} in MTP modules"
+    if stored == "w4afp8" and cfg.moe is not None:
+        small = human_bytes(weight_bytes(cfg, stored, int4_scale_bytes=2))
+        text += f"; trunk with bf16 scales {small}"
+    return text
+
+
+def _cache(cfg: ModelConfig, layout: roofline.CacheLayout) -> str:
+    text = f"{roofline.cache_bytes_per_token(cfg, layout):,} bytes"
+    if cfg.mtp.num_nextn_predict_layers:
+        trunk = roofline.cache_bytes_per_token(cfg, layout, mtp=False)
+        text += f" ({trunk:,} without MTP modules)"
+    return text
 
 
 def human_bytes(size: int | float) -> str:
@@ -107,27 +165,27 @@ class Bound:
 
 
 def roofline_rows(
-    cfg: ModelConfig, gpu: str, *, ep: int, context: int, drafts: int, experts: str
+    cfg: ModelConfig, gpu: str, *, ep: int, context: int, drafts: int, experts: str, cache: str
 ) -> list[Bound]:
-    """Bounds a decode step for each of `BATCHES`, with an fp8 cache.
+    """Bounds a decode step for each of `BATCHES`.
 
     Raises:
-        ValueError: an unknown GPU or expert format, or a size below its least value.
+        ValueError: an unknown GPU, expert format or cache layout, or a size below its least value.
     """
-    if gpu not in roofline.GPUS:
-        raise ValueError(f"unknown GPU {gpu!r}; known: {', '.join(roofline.GPUS)}")
-    if experts not in roofline.EXPERT_BYTES:
-        raise ValueError(f"{experts=} must be one of {', '.join(roofline.EXPERT_BYTES)}")
-    if drafts < 0:
-        raise ValueError(f"{drafts=} must be 0 or more")
-    form = typing.cast(roofline.Experts, experts)
-    card, rows = roofline.GPUS[gpu], []
+    if drafts < 0 or context < 1:
+        raise ValueError(f"{drafts=} must be 0 or more, and {context=} 1 or more")
+    for name, value, known in (
+        ("experts", experts, roofline.EXPERT_BYTES),
+        ("cache", cache, CACHES),
+    ):
+        if value not in known:
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
+    forms: dict[str, typing.Any] = {"experts": experts, "cache": cache}
+    rows = []
     for batch in BATCHES:
-        floor = roofline.decode_floor(
-            cfg, card, batch=batch, context=context, ep=ep, verify=1 + drafts, experts=form
-        )
-        needed = roofline.memory_needed(cfg, batch=batch, context=context, ep=ep, experts=form)
-        rows.append(Bound(floor, needed <= card.memory))
+        floor = roofline.roofline(cfg, gpu, batch, context, ep, 1 + drafts, **forms)
+        needed = roofline.memory_needed(cfg, batch, context, ep, **forms)
+        rows.append(Bound(floor, needed <= roofline.GPUS[gpu].memory))
     return rows
 
 

@@ -1,5 +1,5 @@
 """What a request does to its logits before they become probabilities: penalties, biases, forbidden
-stops; and the log-probabilities it asks for.
+stops; and the log-probabilities it asks for, of its answer and of its prompt.
 
 Row i of a verification step is the law of a token that follows the drafts before it, so those
 drafts count as said: the penalties of row i see them, as if they had been emitted one at a time.
@@ -8,7 +8,7 @@ Each part runs only when some row of the batch wants it (`jax.lax.cond`), in one
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 TOP_LOGPROBS = 20
 """Alternatives whose log-probabilities a step returns."""
+SCORED_ROWS = 128
+"""Prompt rows whose logits are there at the same time."""
 
 
 @jax.tree_util.register_dataclass
@@ -185,16 +187,12 @@ def logprobs(
 
     A vocabulary of fewer than 20 tokens gives as many alternatives as it has.
     """
-    places = min(TOP_LOGPROBS, logits.shape[-1])
 
     def compute() -> Logprobs:
-        log_probs = jax.nn.log_softmax(logits, axis=-1)
-        top, ids = jax.lax.top_k(log_probs, places)
-        chosen = jnp.take_along_axis(log_probs, tokens[:, :, None], axis=2)[..., 0]
-        return Logprobs(chosen, ids.astype(jnp.int32), top)
+        return _logprobs(logits, tokens)
 
     def nothing() -> Logprobs:
-        shape = (*tokens.shape, places)
+        shape = (*tokens.shape, min(TOP_LOGPROBS, logits.shape[-1]))
         return Logprobs(
             jnp.zeros(tokens.shape, jnp.float32),
             jnp.zeros(shape, jnp.int32),
@@ -202,3 +200,32 @@ def logprobs(
         )
 
     return jax.lax.cond(jnp.any(wanted), compute, nothing)
+
+
+def prompt_logprobs(
+    hidden: Float[Array, "B n D"], tokens: Int[Array, "B n"], head: Callable[[Array], Array]
+) -> Logprobs:
+    """Log-probabilities of the tokens that follow prompt rows, and of the best alternatives.
+
+    fp32 logits of a whole chunk would be gigabytes, so `SCORED_ROWS` rows take turns.
+
+    Args:
+        hidden: of the rows, after the final norm.
+        tokens: that follow them.
+        head: logits [.., X] of hidden states [.., D].
+    """
+
+    def score(row: tuple[Array, Array]) -> Logprobs:
+        return _logprobs(head(row[0]), row[1])
+
+    rows = hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1)
+    with jax.named_scope("prompt_logprobs"):
+        found = jax.lax.map(score, rows, batch_size=min(SCORED_ROWS, tokens.size))
+    return jax.tree.map(lambda x: x.reshape(*tokens.shape, *x.shape[1:]), found)
+
+
+def _logprobs(logits: Float[Array, "*B X"], tokens: Int[Array, "*B"]) -> Logprobs:
+    log_probs = jax.nn.log_softmax(logits, axis=-1)
+    top, ids = jax.lax.top_k(log_probs, min(TOP_LOGPROBS, logits.shape[-1]))
+    chosen = jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
+    return Logprobs(chosen, ids.astype(jnp.int32), top)

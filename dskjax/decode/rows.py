@@ -49,6 +49,8 @@ class PrefillRows:
             beyond the known tokens any id will do: the first steps compute those rows again.
         cached_lens: i32 [B], tokens cached after this step.
         query_lens: i32 [B], rows in use; 0 for padding.
+        targets: i32 [B, n], the token after each row, whose log-probability is wanted; None where
+            nobody wants any.
     """
 
     slots: Int[Array, " B"]
@@ -57,6 +59,7 @@ class PrefillRows:
     following: Int[Array, "B n K"]
     cached_lens: Int[Array, " B"]
     query_lens: Int[Array, " B"]
+    targets: Int[Array, "B n"] | None = None
 
 
 class StepOutput(NamedTuple):

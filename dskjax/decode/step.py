@@ -22,7 +22,7 @@ from dskjax.batch import RaggedBatch
 from dskjax.config import ModelConfig
 from dskjax.decode.acceptance import truncate_at_stop
 from dskjax.decode.draft import Drafts, DraftSpec, Window, extend, propose
-from dskjax.decode.logits import adjust, count_said, logprobs
+from dskjax.decode.logits import Logprobs, adjust, count_said, logprobs, prompt_logprobs
 from dskjax.decode.rows import TIE_GAP, DecodeRows, PrefillRows, StepOutput
 from dskjax.decode.rules import (
     RULE_NAMES,
@@ -118,6 +118,20 @@ def step(
     cfg: ModelConfig,
     config: DecodeConfig,
 ) -> tuple[Slots, StepOutput | None]:
+    """`scored_step` for rows whose log-probabilities nobody wants."""
+    state, output, _ = scored_step(params, state, decode, prefill, cfg=cfg, config=config)
+    return state, output
+
+
+def scored_step(
+    params: Params,
+    state: Slots,
+    decode: DecodeRows | None,
+    prefill: PrefillRows | None,
+    *,
+    cfg: ModelConfig,
+    config: DecodeConfig,
+) -> tuple[Slots, StepOutput | None, Logprobs | None]:
     """Runs decoding rows, prompt rows, or both in one forward. No slot may be in both.
 
     Args:
@@ -129,7 +143,8 @@ def step(
         config: static choices; its spec may draft fewer tokens than the state holds.
 
     Returns:
-        The state, and the output of the decoding rows (None without any).
+        The state, the output of the decoding rows (None without any), and what the model said about
+        the targets of the prompt rows, [B, n] (None without any).
     """
     parts, m = [], config.spec.drafts
     rows = None
@@ -149,16 +164,19 @@ def step(
     with jax.named_scope("forward"):
         hidden, cache = forward(params, state.cache, tuple(parts), cfg=cfg, impl=config.impl)
     state = dataclasses.replace(state, cache=cache)
-    output = None
+    output = scores = None
     decoded = 0 if rows is None else rows.tokens.size
     if prefill is not None:
         state = keep_prefilled(params, state, prefill, parts[-1], hidden[decoded:], cfg, config)
+        if prefill.targets is not None:
+            wide = hidden[decoded:].reshape(*prefill.targets.shape, -1)
+            scores = prompt_logprobs(wide, prefill.targets, lambda x: head(params, x, cfg=cfg))
     if decode is not None:
         assert rows is not None
         batch = rows.tokens.shape[0]
         wide = hidden[:decoded].reshape(batch, 1 + m, -1)
         state, output = _accept_and_draft(params, state, decode, rows, wide, cfg, config)
-    return state, output
+    return state, output, scores
 
 
 class _Rows(NamedTuple):

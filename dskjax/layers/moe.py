@@ -30,13 +30,14 @@ class Gate(Module):
         weight_ed = self.weight[...].astype(jnp.float32)
         logits_te = jnp.einsum("td,ed->te", x.astype(jnp.float32), weight_ed, precision="highest")
         moe = self.moe
+        limited = moe.topk_method != "greedy"
         return route(
             logits_te,
             self.e_score_correction_bias[...] if moe.topk_method == "noaux_tc" else None,
             top_k=moe.num_experts_per_tok,
             scoring_func=moe.scoring_func,
-            n_group=moe.n_group,
-            topk_group=moe.topk_group,
+            n_group=moe.n_group if limited else 1,
+            topk_group=moe.topk_group if limited else 1,
             norm_topk_prob=moe.norm_topk_prob,
             routed_scaling_factor=moe.routed_scaling_factor,
             impl=impl,

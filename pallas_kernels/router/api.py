@@ -27,17 +27,18 @@ def route(
 ) -> tuple[Float[Array, "T K"], Int[Array, "T K"]]:
     """Chooses top_k experts per token; ties go to the lowest expert index.
 
-    With a bias (V3, `noaux_tc`): experts compete with score + bias, groups with the sum of their
-    best two; experts outside the best `topk_group` groups are out (-inf), and weights are the
-    *unbiased* scores. Without (V2-Lite, `greedy`): plain top-k of the scores. Source: DeepSeek-V3
-    report, section 2.1.2; DeepSeek-V2 report, section 2.2.
+    With a bias (V3 and Kimi-K2, `noaux_tc`): experts compete with score + bias, groups with the sum
+    of their best two; experts outside the best `topk_group` groups are out (-inf), and weights are
+    the *unbiased* scores. Without (V2, `group_limited_greedy`): experts compete with their score,
+    groups with their best one; scores outside the best groups are 0. One group (V2-Lite, `greedy`)
+    is plain top-k. Source: DeepSeek-V3 report, section 2.1.2; DeepSeek-V2 report, section 2.2.
 
     Args:
         logits: float32 gate products.
         bias: float32 `e_score_correction_bias`, or None.
         top_k: experts per token.
         scoring_func: "sigmoid" or "softmax".
-        n_group: groups of consecutive experts; only with a bias.
+        n_group: groups of consecutive experts; 1 does not limit the choice.
         topk_group: groups a token may use.
         norm_topk_prob: divide the chosen scores by their sum.
         routed_scaling_factor: multiplies the weights last.

@@ -14,6 +14,7 @@ import httpx2
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from dskjax.provenance import source_commit
 from dskjax.tokenizer import Tokenizer
 from serve.bench.answer import Answer
 from serve.bench.arrivals import offsets
@@ -27,7 +28,6 @@ from serve.bench.search import Found, Point, find_rate
 from serve.bench.server import ServerInfo, ask_counters, ask_info, tokenize
 from serve.bench.summary import summarize
 from serve.bench.workload import DrawnPrompts, Job, RealPrompts, Workload
-from serve.commit import source_commit
 
 FIGURES = (
     *(("ttft_s", f"p{p}") for p in (50, 90, 99)),

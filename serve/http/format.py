@@ -166,7 +166,9 @@ class CompletionShape(Shape):
         return {"text": output.text, "logprobs": self._logprobs(answer, output.logprobs or ())}
 
     def _logprobs(self, answer: Answer, found: Sequence[OutputLogprob]) -> dict[str, Any] | None:
-        """Columns; an offset is where a token begins in the joined texts of the answer's tokens."""
+        """Columns; an offset is where a token begins in the joined texts of all tokens, those of an
+        echoed prompt included. Nothing predicts a prompt's first token: null.
+        """
         if not self._wants_logprobs:
             return None
         offsets = []
@@ -176,7 +178,7 @@ class CompletionShape(Shape):
         return {
             "tokens": [entry.chosen.token for entry in found],
             "token_logprobs": [_finite(entry.chosen.logprob) for entry in found],
-            "top_logprobs": [_by_text([*entry.top, entry.chosen]) for entry in found],
+            "top_logprobs": [_alternatives(entry) for entry in found],
             "text_offset": offsets,
         }
 
@@ -218,13 +220,15 @@ def _entry(found: TextLogprob) -> dict[str, Any]:
     return {"token": found.token, "logprob": _finite(found.logprob), "bytes": found.bytes}
 
 
-def _by_text(entries: Sequence[TextLogprob]) -> dict[str, float]:
-    """Ids that read alike (parts of characters) share an entry: the likelier one's."""
-    best: dict[str, float] = {}
-    for entry in entries:
+def _alternatives(found: OutputLogprob) -> dict[str, float | None] | None:
+    """By text. Ids that read alike (parts of characters) share an entry: the likelier one's."""
+    if found.chosen.logprob is None:
+        return None
+    best: dict[str, float | None] = {}
+    for entry in (*found.top, found.chosen):
         best.setdefault(entry.token, _finite(entry.logprob))
     return best
 
 
-def _finite(logprob: float) -> float:
-    return max(float(logprob), _LEAST)
+def _finite(logprob: float | None) -> float | None:
+    return None if logprob is None else max(float(logprob), _LEAST)

@@ -67,7 +67,12 @@ class Planner:
         for ids in rows:
             self.check_ids(ids, "prompt")
         rows += self.encoder.text([item for item in body.prompt if isinstance(item, str)])
-        return self._job(body, rows, "prompt", body.max_tokens, body.logprobs, split=False)
+        if body.echo:
+            for ids in rows:
+                self._check_texts(ids)
+        return self._job(
+            body, rows, "prompt", body.max_tokens, body.logprobs, split=False, echo=body.echo
+        )
 
     def chat(self, body: ChatBody) -> Job:
         """Of /v1/chat/completions.
@@ -102,6 +107,14 @@ class Planner:
         bad = next((i for i in ids if not 0 <= i < size), None)
         if bad is not None:
             raise invalid(f"{param} has token id {bad}: ids are 0 to {size - 1}", param)
+
+    def _check_texts(self, ids: Sequence[int]) -> None:
+        """Every id must stand for a text: there are ids between the used ones."""
+        for id_ in set(ids):
+            try:
+                self._service.tokenizer.token_bytes(id_)
+            except ValueError as error:
+                raise invalid(f"the prompt cannot be echoed: {error}", "prompt") from None
 
     def check_model(self, model: str | None) -> None:
         """Raises 404 for another model than the one served."""
@@ -138,23 +151,24 @@ class Planner:
         logprobs: int | None,
         *,
         split: bool,
+        echo: bool = False,
     ) -> Job:
         bias = self._bias(body.logit_bias)
         prompts = []
         for ids in rows:
             stop = {
-                "max_tokens": self._max_tokens(len(ids), max_tokens, param),
+                "max_tokens": self._max_tokens(len(ids), max_tokens, param, least=0 if echo else 1),
                 "min_tokens": body.min_tokens,
                 "stop": tuple(body.stop),
                 "stop_token_ids": tuple(body.stop_token_ids),
                 "ignore_eos": body.ignore_eos,
             }
             sampling = {name: getattr(body, name) for name in _SAMPLING}
-            seed = self._seed(body)
+            sampling |= {"seed": self._seed(body), "logprobs": logprobs}
+            if echo:
+                sampling["prompt_logprobs"] = logprobs
             options = GenerateOptions(
-                sampling=_made(
-                    SamplingOptions, **sampling, logit_bias=bias, seed=seed, logprobs=logprobs
-                ),
+                sampling=_made(SamplingOptions, **sampling, logit_bias=bias),
                 stop=_made(StopOptions, **stop),
                 accept=body.accept,
                 drafts=body.speculate,
@@ -164,17 +178,21 @@ class Planner:
                 thinking=self.encoder.thinking(ids),
                 split_reasoning=split,
                 echo_special=not body.skip_special_tokens,
+                echo=echo,
             )
             prompts.append((ids, options))
         usage = body.stream_options is not None and body.stream_options.include_usage
         accept = body.accept or self._service.default_accept
         return Job(prompts=prompts, accept=accept, stream=body.stream, include_usage=usage)
 
-    def _max_tokens(self, prompt: int, wanted: int | None, param: str) -> int:
+    def _max_tokens(self, prompt: int, wanted: int | None, param: str, *, least: int) -> int:
         limit = self._service.max_model_len
+        if wanted is not None and wanted < least:
+            fix = "use 0 or more" if not least else "use at least 1, or 0 in a completion with echo"
+            raise invalid(f"max_tokens={wanted}: {fix}", "max_tokens", "invalid_value")
         if prompt == 0:
             raise invalid("the prompt is empty: a model continues at least one token", param)
-        if prompt + max(1, wanted or 1) > limit:
+        if prompt + (1 if wanted is None else wanted) > limit:
             new = f"max_tokens={wanted}" if wanted is not None else "at least 1 new token"
             raise invalid(
                 f"the prompt has {prompt} tokens, which with {new} is more than the model's "

@@ -73,10 +73,8 @@ class PromptEncoder:
         return ids
 
     def thinking(self, ids: Sequence[int]) -> bool:
-        """Whether what follows these ids is inside a thinking section: the last tag opens one."""
-        tags = {self.tokenizer.think_id, self.tokenizer.end_think_id} - {None}
-        last = next((i for i in reversed(ids) if i in tags), None)
-        return last is not None and last == self.tokenizer.think_id
+        """Whether what follows these ids is inside a thinking section."""
+        return self.tokenizer.is_thinking(ids)
 
     @property
     def splits_reasoning(self) -> bool:

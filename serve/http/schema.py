@@ -30,7 +30,7 @@ _NEUTRAL: dict[str, tuple[Callable[[Any], bool], str]] = {
     "audio": (_never, "only text is served"),
     "chat_template": (_never, "the template is the checkpoint's own"),
     "continue_final_message": (lambda v: v is False, "an answer is always a new message"),
-    "echo": (lambda v: v is False, "the prompt is not repeated"),
+    "echo": (lambda v: v is False, "an answer does not repeat the conversation"),
     "function_call": (lambda v: v in ("none", "auto"), "functions are not supported"),
     "functions": (lambda v: v == [], "functions are not supported"),
     "modalities": (lambda v: v == ["text"], "only text is served"),
@@ -120,14 +120,16 @@ class Message(Body):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _drop_empty(cls, value: Any) -> Any:
-        """A message of an answer can be sent back as it came."""
+        """A message of an answer can be sent back as it came. lm-evaluation-harness marks each
+        message as one of type "text".
+        """
         if not isinstance(value, dict):
             return value
-        empty = ("annotations", "tool_calls")
+        nothing = (("annotations", []), ("tool_calls", []), ("type", "text"))
         return {
             key: item
             for key, item in value.items()
-            if item is not None and not (key in empty and item == [])
+            if item is not None and (key, item) not in nothing
         }
 
 
@@ -178,6 +180,7 @@ class CompletionBody(GenerateBody):
 
     prompt: Annotated[list[str] | list[list[int]], PlainValidator(_prompts)]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    echo: bool = False
     best_of: int | None = None
 
 
@@ -217,18 +220,18 @@ def read[B: Body](kind: type[B], data: Mapping[str, Any]) -> B:
     """
     values = {key: value for key, value in data.items() if value is not None}
     if issubclass(kind, GenerateBody):
-        values = _without_unsupported(values)
+        values = _without_unsupported(kind, values)
     try:
         return kind.model_validate(values)
     except pydantic.ValidationError as error:
         raise _first(error) from None
 
 
-def _without_unsupported(values: dict[str, Any]) -> dict[str, Any]:
+def _without_unsupported(kind: type[Body], values: dict[str, Any]) -> dict[str, Any]:
     calls_nothing = values.get("tool_choice") == "none"
     kept = {}
     for key, value in values.items():
-        if key in _NEUTRAL:
+        if key in _NEUTRAL and key not in kind.model_fields:
             neutral, reason = _NEUTRAL[key]
             if not neutral(value) and not (key == "tools" and calls_nothing):
                 raise invalid(

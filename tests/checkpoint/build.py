@@ -18,7 +18,8 @@ from tests.goldens.weights import tensor_shapes
 Tensors = dict[str, np.ndarray]
 
 CODES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
-CODES |= {"I32": np.int32, "F8_E4M3": ml_dtypes.float8_e4m3fn}
+CODES |= {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E8M0": ml_dtypes.float8_e8m0fnu}
+CODES |= {"I8": np.int8, "U8": np.uint8, "I32": np.int32, "I64": np.int64}
 
 
 def write_file(path: Path, tensors: Tensors) -> None:

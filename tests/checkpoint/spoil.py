@@ -1,5 +1,6 @@
 """Ways to spoil a checkpoint folder of three files, each a function of the folder."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -7,12 +8,26 @@ from pathlib import Path
 
 import numpy as np
 
+from dskjax.checkpoint import CheckpointError
 from tests.checkpoint.build import read_file, write_file
 
 INDEX = "model.safetensors.index.json"
 FILES = [f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)]
 
 Spoil = Callable[[Path], object]
+
+
+@dataclasses.dataclass(frozen=True)
+class Damage:
+    """What is done to a folder, and the error that must name it."""
+
+    do: Spoil
+    says: tuple[str, ...]
+    error: type[Exception] = CheckpointError
+
+
+def damage(do: Spoil, *says: str, error: type[Exception] = CheckpointError) -> Damage:
+    return Damage(do, says, error)
 
 
 def weight_map(folder: Path) -> dict[str, str]:
@@ -43,6 +58,18 @@ def put(name: str, value: np.ndarray | None) -> Spoil:
             tensors[name] = value
 
     return lambda folder: edit(folder, change)
+
+
+def copied(name: str) -> Spoil:
+    """A second copy of a tensor, in a file that the index does not give it."""
+
+    def change(folder: Path) -> None:
+        own = weight_map(folder)[name]
+        other = next(file for file in FILES if file != own)
+        tensor = read_file(folder / own)[name]
+        write_file(folder / other, read_file(folder / other) | {name: tensor})
+
+    return change
 
 
 def config(**changes: object) -> Spoil:

@@ -3,7 +3,6 @@
 Each case spoils a good folder of three files in one way, and says what the message must hold.
 """
 
-import dataclasses
 import json
 import os
 import shutil
@@ -20,9 +19,9 @@ from tests.checkpoint.build import draw, tiny_config, write_folder
 from tests.checkpoint.spoil import (
     FILES,
     INDEX,
-    Spoil,
     config,
     cut,
+    damage,
     edit,
     put,
     remap,
@@ -32,18 +31,6 @@ from tests.checkpoint.spoil import (
     then,
     weight_map,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Damage:
-    do: Spoil
-    says: tuple[str, ...]
-    error: type[Exception] = CheckpointError
-
-
-def damage(do: Spoil, *says: str, error: type[Exception] = CheckpointError):
-    return Damage(do, says, error)
-
 
 EXPERT = "model.layers.2.mlp.experts.3.up_proj.weight"
 Q_B = "model.layers.1.self_attn.q_b_proj.weight"
@@ -277,17 +264,6 @@ CASES = {
         put(Q_B, np.zeros((96, 20))), f"'{Q_B}' has dtype F64; expected BF16, F16, F32"
     ),
     "integers": damage(put(Q_B, np.zeros((96, 20), np.int32)), f"'{Q_B}' has dtype I32", "BF16"),
-    "fp8": damage(
-        put(Q_B, np.zeros((96, 20), ml_dtypes.float8_e4m3fn)),
-        f"'{Q_B}' has dtype F8_E4M3; expected BF16, F16, F32",
-        "convert the checkpoint to BF16 first",
-    ),
-    "quantized": damage(
-        put(Q_B + "_scale_inv", ZEROS),
-        f"'{Q_B}_scale_inv' belongs to a quantized checkpoint",
-        "convert the checkpoint to BF16 first",
-        error=NotImplementedError,
-    ),
     "V3.2": damage(
         put("model.layers.0.self_attn.indexer.wk.weight", ZEROS),
         "DeepSeek-V3.2",

@@ -79,6 +79,13 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(tmp_path):
     refused(ValueError, "'lm_head.weight' has dtype float64", {**good, "lm_head": wide})
     quantised = {"weight": quantise(jnp.asarray(head), FP8_BLOCK)}
     refused(NotImplementedError, "'lm_head.weight' is a QTensor", {**good, "lm_head": quantised})
+    refused(
+        ValueError,
+        "'lm_head.weight' is a list; expected an array",
+        {**good, "lm_head": {"weight": head.tolist()}},
+    )
+    says = {"quantization_config": {"quant_method": "fp8"}}
+    refused(ValueError, "these weights make it None; leave it out", extra_config=says)
     refused(ValueError, "changes the model", extra_config={"vocab_size": 49})
     refused(ValueError, "does not know: surprise=1", extra_config={"surprise": 1})
     refused(ValueError, "max_shard_bytes=0 must be positive", max_shard_bytes=0)
@@ -91,7 +98,7 @@ def test_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     place.mkdir()  # an empty folder is free
     save_hf(place, old, cfg, max_shard_bytes=30_000)
     (place / "tokenizer.json").write_text("{}")
-    with pytest.raises(FileExistsError, match="pass overwrite=True to replace it"):
+    with pytest.raises(FileExistsError, match=r"pass overwrite=True \(--overwrite\) to replace it"):
         save_hf(place, new, cfg)
 
     fsync, calls = os.fsync, []

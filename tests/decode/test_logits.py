@@ -132,6 +132,43 @@ def test_logprobs_are_those_of_the_raw_logits():
     assert not any(np.asarray(leaf).any() for leaf in nobody)
 
 
+def score(hidden, weight, tokens):
+    return ours.prompt_logprobs(hidden, tokens, lambda x: x @ weight.T)
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (1, 128), (2, 100), (3, 128)])
+def test_prompt_rows_are_scored_in_blocks_of_any_number(shape):
+    rng = np.random.default_rng(2)
+    hidden = rng.normal(0, 1, (*shape, 8)).astype(np.float32)
+    weight = rng.normal(0, 1, (40, 8)).astype(np.float32)
+    tokens = rng.integers(0, 40, shape)
+    found = jax.jit(score)(hidden, weight, jnp.asarray(tokens, jnp.int32))
+    raw = hidden.astype(np.float64) @ weight.T
+    exact = raw - np.log(np.exp(raw).sum(-1, keepdims=True))
+    np.testing.assert_allclose(
+        found.chosen, np.take_along_axis(exact, tokens[..., None], 2)[..., 0], atol=ATOL
+    )
+    order = np.argsort(-exact, axis=-1)[..., : ours.TOP_LOGPROBS]
+    np.testing.assert_array_equal(found.top_ids, order)
+    np.testing.assert_allclose(found.top, np.take_along_axis(exact, order, 2), atol=ATOL)
+
+
+def test_the_logits_of_a_chunk_are_never_there_at_once(monkeypatch):
+    rows, vocab = 2048, 4096
+    shapes = (jax.ShapeDtypeStruct((1, rows, 8), jnp.float32),)
+    shapes += (jax.ShapeDtypeStruct((vocab, 8), jnp.float32),)
+    shapes += (jax.ShapeDtypeStruct((1, rows), jnp.int32),)
+
+    def temporary():
+        # A new function: a compiled one would be taken again.
+        program = jax.jit(lambda *args: score(*args)).lower(*shapes).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    assert temporary() < 4 * rows * vocab / 4
+    monkeypatch.setattr(ours, "SCORED_ROWS", rows)
+    assert temporary() > 4 * rows * vocab  # otherwise this measures nothing
+
+
 def test_a_small_vocabulary_has_fewer_alternatives():
     tokens = jnp.zeros((1, 1), jnp.int32)
     found = ours.logprobs(jnp.zeros((1, 1, 5)), tokens, jnp.ones(1, bool))

@@ -32,11 +32,13 @@ class Case:
     new_tokens: int = 24
     bias: tuple[float, float] = (-0.1, 0.1)  # range of e_score_correction_bias
     gain: dict[str, float] = field(default_factory=dict)  # name part -> factor on its init
+    fp8: bool = False  # linear weights in e4m3, a scale per 128x128 block
+    ue8m0: str | None = None  # with fp8: weights whose scales are powers of two, by name part
 
 
 def hub_config(case: Case) -> Config:
     """config.json with the fields DeepSeek publishes (`rope_scaling`, `torch_dtype`)."""
-    v3 = case.base["model_type"] == "deepseek_v3"
+    v3 = case.base["model_type"] != "deepseek_v2"  # Kimi-K2 says it is a DeepseekV3ForCausalLM
     name = "DeepseekV3" if v3 else "DeepseekV2"
     scaling = {k: v for k, v in case.rope.items() if k != "rope_theta"}
     hub = {
@@ -73,13 +75,14 @@ def yarn(
     length: int,
     *,
     theta: float = 1e4,
+    factor: float = 40,
     beta_fast: float = 32,
     m: tuple[float, float] = (1.0, 1.0),
 ) -> Config:
     """The YaRN fields of DeepSeek's configs, with another original length."""
     return {
         "rope_theta": theta,
-        "factor": 40,
+        "factor": factor,
         "original_max_position_embeddings": length,
         "beta_fast": beta_fast,
         "beta_slow": 1,
@@ -138,6 +141,63 @@ MOONLIGHT_LIKE = {
     "rms_norm_eps": 1e-5,
     "max_position_embeddings": 8192,
 }
+V2_GROUPS = {
+    "hidden_size": 48,
+    "moe_intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "q_lora_rank": 24,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "topk_method": "group_limited_greedy",
+    "routed_scaling_factor": 16.0,
+}
+KIMI = {
+    "model_type": "kimi_k2",
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "n_routed_experts": 24,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 2.827,
+    "max_position_embeddings": 1024,
+}
+# Rotary rows lie within a block of 128, as in real models: 64..127 of each query head of 128
+FP8_ALIGNED = {
+    "vocab_size": 64,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "q_lora_rank": 128,
+    "kv_lora_rank": 128,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 64,
+    "n_routed_experts": 3,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+}
+# 144 rows of q_b, rotary ones at 24 h + 16..23: none of these ranges holds row 128
+FP8_RAGGED = {
+    "vocab_size": 80,
+    "hidden_size": 136,
+    "intermediate_size": 40,
+    "moe_intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "n_routed_experts": 6,
+    "n_group": 3,
+    "topk_group": 2,
+    "num_experts_per_tok": 2,
+    "num_nextn_predict_layers": 1,
+}
 # With a bias range this negative, score + bias < 0 inside kept groups: a 0.0 group mask would leak
 LEAKY = {"num_experts_per_tok": 6}
 CASES = [
@@ -170,6 +230,46 @@ CASES = [
         dtype="bfloat16",
         bias=(-0.6, 0.1),
     ),
+    Case(
+        name="v2_groups",
+        seed=6,
+        base=V2 | V2_GROUPS,
+        rope=yarn(16, m=(0.707, 0.707)),
+        dtype="bfloat16",
+        shape=(1, 40),
+    ),
+    Case(
+        name="kimi",
+        seed=7,
+        base=V3 | KIMI,
+        rope=yarn(16, theta=5e4, factor=32, beta_fast=1),
+        dtype="bfloat16",
+        shape=(1, 40),
+    ),
+    Case(
+        name="fp8_aligned",
+        seed=8,
+        base=V3 | FP8_ALIGNED,
+        rope=yarn(16),
+        dtype="bfloat16",
+        shape=(1, 24),
+        prompt_len=8,
+        new_tokens=16,
+        fp8=True,
+    ),
+    Case(
+        name="fp8_ragged",
+        seed=9,
+        base=V3 | FP8_RAGGED,
+        rope=yarn(16),
+        dtype="bfloat16",
+        shards=3,  # a weight and its scales lie where chance puts them
+        shape=(1, 24),
+        prompt_len=8,
+        new_tokens=16,
+        fp8=True,
+        ue8m0=".mlp.",
+    ),
 ]
 
 
@@ -182,7 +282,8 @@ def random_case(seed: int, family: str) -> Case:
 
     v3 = family == "v3"
     heads, layers = pick(1, 2, 3, 4, 6), pick(1, 2, 3, 4, 5)
-    groups, size = (pick(1, 1, 2, 3, 4, 8), pick(2, 3, 4)) if v3 else (1, pick(4, 6, 8, 13))
+    grouped = v3 or pick(True, False)
+    groups, size = (pick(1, 1, 2, 3, 4, 8), pick(2, 3, 4)) if grouped else (1, pick(4, 6, 8, 13))
     kept = int(rng.integers(1, groups + 1))
     top_k = int(rng.integers(1, min(kept * size, 8) + 1))
     base = {
@@ -212,6 +313,8 @@ def random_case(seed: int, family: str) -> Case:
     }
     if v3:
         base["num_nextn_predict_layers"] = pick(0, 0, 1, 2, 3)
+    elif grouped:
+        base["topk_method"] = "group_limited_greedy"
     theta = pick(100.0, 1e4, 5e4)
     rope: Config = {"rope_theta": theta}
     if pick(True, True, False):

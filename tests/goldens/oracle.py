@@ -38,6 +38,7 @@ MISTAKES = {
     "gate_no_bias": "1.8: selection ignores e_score_correction_bias",
     "gate_no_groups": "1.8: top-k over all groups",
     "gate_group_max": "1.8: group score = max instead of the sum of the two best",
+    "gate_group_sum": "1.8: V2's group score = sum of the two best instead of the max",
     "gate_renorm_flipped": "1.8: norm_topk_prob inverted",
     "gate_no_factor": "1.8: routed_scaling_factor dropped",
     "gate_other_score": "1.8: softmax and sigmoid exchanged",
@@ -140,6 +141,13 @@ def softmax(x: Array) -> Array:
     return e / e.sum(-1, keepdims=True)
 
 
+def groups_of(cfg: dict[str, Any]) -> tuple[int, int]:
+    """Groups of experts, and how many of them a token may use."""
+    if cfg["model_type"] == "deepseek_v2" and cfg.get("topk_method") != "group_limited_greedy":
+        return 1, 1
+    return cfg["n_group"], cfg["topk_group"]
+
+
 class Oracle:
     """One checkpoint (flat hub-named weights, its config.json), read with at most one mistake."""
 
@@ -148,7 +156,7 @@ class Oracle:
             raise ValueError(f"{mistake=} is not one of {sorted(MISTAKES)}")
         self.weights = {name: np.asarray(w, np.float64) for name, w in weights.items()}
         self.cfg, self.mistake = cfg, mistake
-        self.v3 = cfg["model_type"] == "deepseek_v3"
+        self.v3 = cfg["model_type"] != "deepseek_v2"
         self.eps = 1e-6 if mistake == "block_eps_default" else cfg["rms_norm_eps"]
         self.mla_eps = cfg["rms_norm_eps"] if mistake == "mla_eps_from_config" else 1e-6
 
@@ -226,19 +234,18 @@ class Oracle:
         use_sigmoid = self.v3 != (bad == "gate_other_score")
         score = 1 / (1 + np.exp(-logits)) if use_sigmoid else softmax(logits)
         choice, margin = score, np.full(score.shape[:-1], np.inf)
-        if self.v3:
-            if bad != "gate_no_bias":
-                choice = score + self.weights[name + "gate.e_score_correction_bias"]
-            g, keep = cfg["n_group"], cfg["topk_group"]
-            if g > 1 and keep < g and bad != "gate_no_groups":
-                groups = choice.reshape(*choice.shape[:-1], g, -1)
-                best = 1 if bad == "gate_group_max" else 2
-                group_score = np.sort(groups, -1)[..., -best:].sum(-1)
-                ranked = np.sort(group_score, -1)
-                margin = ranked[..., g - keep] - ranked[..., g - keep - 1]
-                kept = group_score >= ranked[..., g - keep, None]
-                masked = 0.0 if bad == "gate_zero_mask" else -np.inf
-                choice = np.where(kept[..., None], groups, masked).reshape(choice.shape)
+        if self.v3 and bad != "gate_no_bias":
+            choice = score + self.weights[name + "gate.e_score_correction_bias"]
+        g, keep = groups_of(cfg)
+        if keep < g and bad != "gate_no_groups":
+            groups = choice.reshape(*choice.shape[:-1], g, -1)
+            best = 2 if self.v3 != (bad in ("gate_group_max", "gate_group_sum")) else 1
+            group_score = np.sort(groups, -1)[..., -best:].sum(-1)
+            ranked = np.sort(group_score, -1)
+            margin = ranked[..., g - keep] - ranked[..., g - keep - 1]
+            kept = group_score >= ranked[..., g - keep, None]
+            masked = -np.inf if self.v3 and bad != "gate_zero_mask" else 0.0
+            choice = np.where(kept[..., None], groups, masked).reshape(choice.shape)
         order = np.argsort(-choice, -1, kind="stable")
         ranked = np.take_along_axis(choice, order, -1)
         if k < cfg["n_routed_experts"]:
@@ -330,11 +337,11 @@ class Oracle:
 
 def applicable(cfg: dict[str, Any]) -> list[str]:
     """The mistakes that can change anything under this config."""
-    v3, yarn = cfg["model_type"] == "deepseek_v3", rope_parameters(cfg)["rope_type"] == "yarn"
+    v3, yarn = cfg["model_type"] != "deepseek_v2", rope_parameters(cfg)["rope_type"] == "yarn"
     depth = cfg.get("num_nextn_predict_layers") or 0
     scaled = yarn and bool(rope_parameters(cfg).get("mscale_all_dim"))
     moe = cfg["first_k_dense_replace"] < cfg["num_hidden_layers"] or depth > 0
-    grouped = v3 and cfg["n_group"] > 1 and cfg["topk_group"] < cfg["n_group"]
+    groups, kept = groups_of(cfg)
     shrunk = cfg["kv_lora_rank"] != cfg["qk_nope_head_dim"]
 
     def can(name: str) -> bool:
@@ -344,8 +351,12 @@ def applicable(cfg: dict[str, Any]) -> list[str]:
             return depth > (
                 1 if name in ("mtp_chain_pre_norm", "mtp_trunk_hidden", "mtp_one_module") else 0
             )
-        if name in ("gate_zero_mask", "gate_no_groups", "gate_group_max"):
-            return grouped
+        if name == "gate_no_groups":
+            return kept < groups
+        if name in ("gate_zero_mask", "gate_group_max"):
+            return v3 and kept < groups
+        if name == "gate_group_sum":
+            return not v3 and kept < groups
         if name in ("gate_biased_weights", "gate_no_bias"):
             return v3
         if name in ("gate_no_factor", "shared_scaled"):

@@ -39,7 +39,7 @@ def tensor_shapes(cfg: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield from mlp(m, cfg["intermediate_size"])
             return
         yield m + "gate.weight", (cfg["n_routed_experts"], h)
-        if cfg["model_type"] == "deepseek_v3":
+        if cfg["model_type"] != "deepseek_v2":
             yield m + "gate.e_score_correction_bias", (cfg["n_routed_experts"],)
         for e in range(cfg["n_routed_experts"]):
             yield from mlp(f"{m}experts.{e}.", width)

@@ -67,6 +67,71 @@ def test_casts_above_464_are_nan_in_jax():
     np.testing.assert_array_equal(got.astype(jnp.float32), [448, 448, np.nan, np.nan])
 
 
+# Written down from the format: 4 exponent bits with bias 7, 3 mantissa bits, subnormals of 2^-9.
+E4M3_CODES = {
+    448.0: 0x7E,
+    -448.0: 0xFE,
+    240.0: 0x77,
+    1.0: 0x38,
+    2.0**-6: 0x08,  # smallest normal
+    7 * 2.0**-9: 0x07,  # largest subnormal
+    2.0**-9: 0x01,
+    2.0**-10: 0x00,  # half of the smallest: to even
+    3 * 2.0**-10: 0x02,
+    1.0625: 0x38,  # between 1 and 1.125
+    1.1875: 0x3A,  # between 1.125 and 1.25
+    -1.1875: 0xBA,
+    np.nextafter(np.float32(1.0625), np.float32(2)): 0x39,
+    432.0: 0x7E,  # between 416 and 448
+    0.0: 0x00,
+}
+
+
+@pytest.mark.parametrize("recipe", [quant.FP8_BLOCK, quant.FP8_TILE], ids=["block", "tile"])
+def test_e4m3_golden_codes(recipe):
+    """A block whose largest value is 448 has scale 1, so its codes are those of its values."""
+    x = np.float32([list(E4M3_CODES)])
+    q = call(quantise, {"x": jnp.asarray(x), "recipe": recipe})
+    assert_equal(q.scales, np.float32([[1]]))
+    assert_equal(np.asarray(q.values).view(np.uint8), np.uint8([list(E4M3_CODES.values())]))
+
+
+def test_every_e4m3_value_and_midpoint():
+    """All 253 finite values keep their code; halfway between two, the even code wins."""
+    exact = np.arange(127, dtype=np.uint8)
+    table = formats.from_e4m3(exact)
+    middle = (table[1:] + table[:-1]) / 2
+    even = np.where(exact[1:] % 2 == 0, exact[1:], exact[:-1])
+    for sign, bit in ((1, 0), (-1, 0x80)):
+        x = np.float32([[*(sign * table), *(sign * middle)]])
+        q = call(quantise, {"x": jnp.asarray(x), "recipe": quant.FP8_TENSOR})
+        assert_equal(np.asarray(q.values).view(np.uint8)[0], np.uint8([*exact, *even]) | bit)
+        assert_equal(dequantise(q)[0, :127], np.float32(sign * table))
+
+
+def test_int4_golden_groups():
+    """Scale amax / 7, ties to even, never -8; a group of zeros has scale 1."""
+    first = [7, -7, 0.5, 1.5, 2.5, 3.5, -0.5, -1.5, -2.5, -6.5, 6.5, 4.75]
+    want = [7, -7, 0, 2, 2, 4, 0, -2, -2, -6, 6, 5]
+    x = np.zeros((3, 256), np.float32)
+    x[0, :12], x[1, :12], x[2, 128:140] = first, np.float32(first) / 4, first
+    q = call(quantise, {"x": jnp.asarray(x), "recipe": quant.INT4_GROUP})
+    assert_equal(q.scales, np.float32([[1, 1], [0.25, 1], [1, 1]]))
+    bytes_ = np.zeros((3, 128), np.uint8)
+    bytes_[0, :6] = bytes_[1, :6] = bytes_[2, 64:70] = [0x97, 0x20, 0x42, 0xE0, 0xAE, 0x56]
+    assert_equal(q.values, bytes_)
+    assert_equal(unpack_int4(q.values)[0, :12], np.int8(want))
+
+
+@given(st.lists(st.floats(-1, 1, width=32), min_size=8, max_size=8))
+def test_int4_uses_minus_seven_to_seven(values):
+    q = call(quantise, {"x": jnp.asarray([values], jnp.float32), "recipe": quant.INT4_GROUP})
+    codes = formats.int4_unpack(q.values)
+    assert codes.min() >= -7 and codes.max() <= 7
+    if max(map(abs, values)) > 1e-30:
+        assert np.abs(codes).max() == 7, "the largest magnitude is not at the end of the range"
+
+
 WEIGHTS = {
     "e4m3": quant.FP8_BLOCK,
     "int4": quant.INT4_GROUP,

@@ -138,8 +138,39 @@ def test_golden_group_scores_decide(topk_group):
     assert set(np.asarray(experts[0]) // 2) == set(range(4 - topk_group, 4))
 
 
-def test_best_first():
-    args = CASES["v2-lite"].make(0)
+V2_LOGITS = [1.2, -0.3, 2.0, -2.0, 0.1, 1.9, -1.0, 1.8]
+"""Best of each pair: 1.2, 2.0, 1.9, 1.8. Two groups keep experts 2, 3, 4 and 5; 1.8 and 1.2, third
+and fourth of all, are out."""
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_softmax_groups_by_hand(impl):
+    weights, experts = route(
+        jnp.asarray([V2_LOGITS], jnp.float32),
+        None,
+        top_k=3,
+        scoring_func="softmax",
+        n_group=4,
+        topk_group=2,
+        norm_topk_prob=False,
+        routed_scaling_factor=16.0,
+        impl=impl,
+    )
+    assert np.asarray(experts).tolist() == [[2, 5, 4]]
+    e = np.exp(V2_LOGITS)  # the softmax is over all experts, kept or not
+    assert_close(weights, 16 * e[[2, 5, 4]][None] / e.sum(), GATE)
+
+
+def test_sharp_scores_reach_experts_of_dropped_groups_with_weight_0():
+    """As Hugging Face does it: masked scores are 0 and may tie with scores that underflow."""
+    weights, experts = route(**CASES["v2 sharp"].make(0))
+    outside = np.asarray(weights) == 0
+    assert outside.any() and not outside[:, 0].any()
+
+
+@pytest.mark.parametrize("name", ["v2-lite", "v2 groups"])
+def test_best_first(name):
+    args = CASES[name].make(0)
     weights, _ = route(**args)
     assert (np.diff(np.asarray(weights), axis=1) <= 0).all()
 
@@ -155,25 +186,28 @@ def test_bf16_logits_are_scored_in_fp32():
 # ------------------------------------------------------------------ planted bugs
 
 
-def _broken(mask=-jnp.inf, group_score="top2", biased=False, renorm_after=False, last=False):
-    """The gate written again with one thing wrong."""
+def _broken(mask=None, best=None, biased=False, renorm_after=False, last=False):
+    """The gates with groups written again with one thing wrong."""
 
-    def op(logits, bias, *, top_k, n_group, topk_group, routed_scaling_factor, **_):
-        scores = jax.nn.sigmoid(logits)
-        choice = scores + bias
+    def op(logits, bias, *, top_k, n_group, topk_group, norm_topk_prob, routed_scaling_factor, **_):
+        v3 = bias is not None
+        scores = jax.nn.sigmoid(logits) if v3 else jax.nn.softmax(logits, axis=-1)
+        choice = scores + bias if v3 else scores
         grouped = choice.reshape(len(choice), n_group, -1)
-        best = jax.lax.top_k(grouped, 1 if group_score == "max" else 2)[0].sum(-1)
-        kept = jax.lax.top_k(best, topk_group)[1]
+        group_scores = jax.lax.top_k(grouped, best or (2 if v3 else 1))[0].sum(-1)
+        kept = jax.lax.top_k(group_scores, topk_group)[1]
         is_kept = (kept[:, :, None] == jnp.arange(n_group)).any(1)
-        choice = jnp.where(is_kept[..., None], grouped, mask).reshape(choice.shape)
+        outside = mask if mask is not None else (-jnp.inf if v3 else 0.0)
+        choice = jnp.where(is_kept[..., None], grouped, outside).reshape(choice.shape)
         if last:  # ties to the highest index
             experts = choice.shape[1] - 1 - jax.lax.top_k(choice[:, ::-1], top_k)[1]
         else:
             experts = jax.lax.top_k(choice, top_k)[1]
-        weights = jnp.take_along_axis(choice if biased else scores, experts, 1)
+        weights = jnp.take_along_axis(choice if biased or not v3 else scores, experts, 1)
         factor = routed_scaling_factor
         weights = weights * factor if renorm_after else weights
-        weights /= weights.sum(-1, keepdims=True)
+        if norm_topk_prob:
+            weights /= weights.sum(-1, keepdims=True)
         return (weights if renorm_after else weights * factor), experts
 
     return op
@@ -181,10 +215,13 @@ def _broken(mask=-jnp.inf, group_score="top2", biased=False, renorm_after=False,
 
 BUGS = {
     "groups masked with 0.0": ("negative bias", {"mask": 0.0}),
-    "group score is the maximum": ("v3 groups", {"group_score": "max"}),
+    "group score is the maximum": ("v3 groups", {"best": 1}),
     "weights with the bias": ("v3 groups", {"biased": True}),
     "scaled before the sum": ("v3 groups", {"renorm_after": True}),
     "ties to the highest index": ("ties in groups", {"last": True}),
+    "softmax: group score is the sum of two": ("v2 groups", {"best": 2}),
+    "softmax: ties to the highest index": ("v2 ties in groups", {"last": True}),
+    "softmax: groups masked with -inf": ("v2 sharp", {"mask": -jnp.inf}),
 }
 
 
@@ -194,6 +231,12 @@ def test_suite_sees(bug):
     check(_broken(), CASES[name])
     with pytest.raises(AssertionError):
         check(_broken(**wrong), CASES[name])
+
+
+def test_suite_sees_groups_that_do_not_limit():
+    args = CASES["v2 groups"].make(0, poison=True) | {"n_group": 1, "topk_group": 1}
+    with pytest.raises(AssertionError):
+        check(lambda **_: route(**args), CASES["v2 groups"])
 
 
 def test_suite_sees_a_missing_renormalisation():

@@ -8,107 +8,34 @@ import pytest
 from dskjax import presets
 from dskjax.config import MlaConfig, ModelConfig, MoeConfig, MtpConfig, RopeConfig, YarnConfig
 from dskjax.config_hf import IGNORED_FIELDS
-
-# As published on the hub for DeepSeek-V3, without quantization_config.
-HUB_V3 = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "ep_size": 1,
-    "first_k_dense_replace": 3,
-    "hidden_act": "silu",
-    "hidden_size": 7168,
-    "initializer_range": 0.02,
-    "intermediate_size": 18432,
-    "kv_lora_rank": 512,
-    "max_position_embeddings": 163840,
-    "model_type": "deepseek_v3",
-    "moe_intermediate_size": 2048,
-    "moe_layer_freq": 1,
-    "n_group": 8,
-    "n_routed_experts": 256,
-    "n_shared_experts": 1,
-    "norm_topk_prob": True,
-    "num_attention_heads": 128,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 61,
-    "num_key_value_heads": 128,
-    "num_nextn_predict_layers": 1,
-    "q_lora_rank": 1536,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": {
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "factor": 40,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-        "original_max_position_embeddings": 4096,
-        "type": "yarn",
-    },
-    "rope_theta": 10000,
-    "routed_scaling_factor": 2.5,
-    "scoring_func": "sigmoid",
-    "tie_word_embeddings": False,
-    "topk_group": 4,
-    "topk_method": "noaux_tc",
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.33.1",
-    "use_cache": True,
-    "v_head_dim": 128,
-    "vocab_size": 129280,
-}
-HUB_V2_LITE = HUB_V3 | {
-    "architectures": ["DeepseekV2ForCausalLM"],
-    "aux_loss_alpha": 0.001,
-    "bos_token_id": 100000,
-    "eos_token_id": 100001,
-    "first_k_dense_replace": 1,
-    "hidden_size": 2048,
-    "intermediate_size": 10944,
-    "model_type": "deepseek_v2",
-    "moe_intermediate_size": 1408,
-    "n_group": 1,
-    "n_routed_experts": 64,
-    "n_shared_experts": 2,
-    "norm_topk_prob": False,
-    "num_attention_heads": 16,
-    "num_experts_per_tok": 6,
-    "num_hidden_layers": 27,
-    "num_key_value_heads": 16,
-    "num_nextn_predict_layers": None,
-    "q_lora_rank": None,
-    "rope_scaling": HUB_V3["rope_scaling"] | {"mscale": 0.707, "mscale_all_dim": 0.707},
-    "routed_scaling_factor": 1.0,
-    "scoring_func": "softmax",
-    "seq_aux": True,
-    "topk_group": 1,
-    "topk_method": "greedy",
-    "vocab_size": 102400,
-}
+from tests.model.hub import HUB, HUB_KIMI, HUB_V2, HUB_V3
 
 
 def transformers_5(hub):
     """The spelling transformers 5 saves: one `rope_parameters`, defaults written out."""
     out = {k: v for k, v in hub.items() if k not in ("rope_scaling", "rope_theta", "torch_dtype")}
-    scaling = {k: v for k, v in hub["rope_scaling"].items() if k != "type"}
-    out["rope_parameters"] = scaling | {"rope_type": "yarn", "rope_theta": hub["rope_theta"]}
+    rope = {k: v for k, v in hub.get("rope_scaling", {}).items() if k != "type"}
+    rope["rope_type"] = "yarn" if rope else "default"
+    out["rope_parameters"] = rope | {"rope_theta": hub["rope_theta"]}
     more = {"dtype": "bfloat16", "head_dim": 64, "qk_head_dim": 192, "rope_interleave": True}
     return out | more | {"pad_token_id": None, "output_attentions": False}
 
 
-@pytest.mark.parametrize(
-    ("hub", "want"),
-    [(HUB_V3, presets.deepseek_v3()), (HUB_V2_LITE, presets.deepseek_v2_lite())],
-    ids=["v3", "v2-lite"],
-)
-def test_both_spellings_give_the_preset(hub, want):
-    assert ModelConfig.from_hf(hub) == want
-    assert ModelConfig.from_hf(transformers_5(hub)) == want
+@pytest.mark.parametrize("name", HUB)
+def test_both_spellings_give_the_preset(name):
+    assert ModelConfig.from_hf(HUB[name]) == presets.preset(name)
+    assert ModelConfig.from_hf(transformers_5(HUB[name])) == presets.preset(name)
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_what_is_written_says_what_was_read(name):
+    """Every field that is written has the published value; what is left out changes nothing."""
+    written = presets.preset(name).to_hf()
+    published = HUB[name] | {"num_nextn_predict_layers": HUB[name]["num_nextn_predict_layers"] or 0}
+    own = {"mla_norm_eps", "rope_interleave"}
+    assert {k: published.get(k) for k in written.keys() - own} == {
+        k: v for k, v in written.items() if k not in own
+    }
 
 
 def test_reading_leaves_the_input_alone():
@@ -155,14 +82,21 @@ def test_unknown_preset_lists_the_known_ones():
         ({"sliding_window": 128}, ValueError, "sliding_window=128"),
         ({"model_type": "deepseek_v32"}, NotImplementedError, "V3.2.*indexer"),
         ({"model_type": "deepseek_v4"}, NotImplementedError, "V4"),
-        ({"model_type": "kimi_k2"}, NotImplementedError, "Kimi"),
-        ({"model_type": "llama"}, NotImplementedError, "'llama'.*deepseek_v2, deepseek_v3"),
+        ({"index_topk": 2048}, NotImplementedError, "index_topk.*2048.*V3.2.*indexer"),
+        ({"compress_ratios": [4], "index_topk": 8}, NotImplementedError, "compress_ratios.*V4"),
+        ({"model_type": "kimi_k25"}, NotImplementedError, "'kimi_k25'.*vision"),
+        ({"model_type": "kimi_linear"}, NotImplementedError, "linear attention"),
+        ({"model_type": "llama"}, NotImplementedError, "'llama'.*deepseek_v2.*v3, kimi_k2"),
+        ({"model_type": ["deepseek_v3"]}, NotImplementedError, "not supported"),
         ({"hidden_act": "gelu"}, NotImplementedError, "hidden_act.*gelu"),
         ({"attention_bias": True}, NotImplementedError, "attention_bias"),
         ({"moe_layer_freq": 2}, NotImplementedError, "moe_layer_freq"),
+        ({"pruned_heads": {"0": [1]}}, NotImplementedError, "pruned_heads"),
         ({"mtp_hidden_states_first": True}, NotImplementedError, "mtp_hidden_states_first"),
         ({"num_key_value_heads": 8}, NotImplementedError, "num_key_value_heads=8"),
-        ({"topk_method": "group_limited_greedy"}, NotImplementedError, "group_limited_greedy"),
+        ({"topk_method": "hash"}, NotImplementedError, "'hash'.*group_limited_greedy"),
+        ({"topk_method": ["greedy"]}, NotImplementedError, "topk_method"),
+        ({"topk_method": "group_limited_greedy"}, ValueError, "scoring_func='sigmoid'.*noaux_tc"),
         ({"scoring_func": "softmax"}, ValueError, "scoring_func='softmax'"),
         ({"head_dim": 100}, ValueError, "head_dim.*100"),
         ({"qk_head_dim": 191}, ValueError, "qk_head_dim.*191"),
@@ -190,6 +124,40 @@ def test_refusals_name_the_field(changes, error, match):
         ModelConfig.from_hf(HUB_V3 | changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"norm_topk_prob": True}, "norm_topk_prob=true.*'group_limited_greedy'"),
+        ({"topk_group": 0}, "topk_group=0"),
+        ({"num_experts_per_tok": 61}, "61 exceeds the 60 experts that 3 groups"),
+        ({"n_group": None}, "'n_group'"),
+        ({"scoring_func": "sigmoid"}, "scoring_func='sigmoid'"),
+    ],
+)
+def test_refusals_of_the_group_limited_gate(changes, match):
+    with pytest.raises(ValueError, match=match):
+        ModelConfig.from_hf(HUB_V2 | changes)
+
+
+@pytest.mark.parametrize("field", ["n_group", "topk_group", "routed_scaling_factor"])
+def test_the_group_limited_gate_needs_its_fields(field):
+    with pytest.raises(ValueError, match=f"'{field}'"):
+        ModelConfig.from_hf({k: v for k, v in HUB_V2.items() if k != field})
+
+
+@pytest.mark.parametrize(
+    ("inner", "match"),
+    [
+        ("kimi_k2", "'kimi_k25'.*wraps a text model of type 'kimi_k2'.*vision"),
+        ("deepseek_v32", "'deepseek_v32'.*vision.*V3.2.*indexer"),
+    ],
+)
+def test_wrapped_models_are_named_with_what_they_wrap(inner, match):
+    config = {"model_type": "kimi_k25", "text_config": HUB_KIMI | {"model_type": inner}}
+    with pytest.raises(NotImplementedError, match=match):
+        ModelConfig.from_hf(config)
+
+
 @pytest.mark.parametrize("field", ["factor", "original_max_position_embeddings"])
 def test_yarn_needs_its_fields(field):
     scaling = {k: v for k, v in HUB_V3["rope_scaling"].items() if k != field}
@@ -206,7 +174,7 @@ def test_unknown_rotary_settings_are_refused(extra, error):
         ModelConfig.from_hf(HUB_V3 | {"rope_scaling": HUB_V3["rope_scaling"] | extra})
 
 
-# Hugging Face's class defaults are not the checkpoint's values: absence is an error (spec 1.1 a).
+# Hugging Face's class defaults are not the checkpoint's values: absence is an error.
 @pytest.mark.parametrize(
     "field",
     [
@@ -229,6 +197,12 @@ def test_missing_fields_are_named(field):
 def test_every_ignored_field_really_is():
     extra = dict.fromkeys(IGNORED_FIELDS, "anything")
     assert ModelConfig.from_hf(extra | HUB_V3 | {"_name": 1}) == presets.deepseek_v3()
+
+
+def test_defaults_that_transformers_4_writes_out_are_ignored():
+    """As in some Kimi-K2 files; heads that were pruned would matter."""
+    extra = {"num_beams": 1, "prefix": None, "temperature": 1.0, "pruned_heads": {}}
+    assert ModelConfig.from_hf(HUB_KIMI | extra) == presets.kimi_k2()
 
 
 @pytest.mark.parametrize("first", [0, 3, 61, 99])

@@ -36,7 +36,7 @@ from tests.model.common import (
 from tests.oracles import deepseek
 from tests.tolerances import MODEL
 
-NAMES = ["tiny-v3", "tiny-v2lite"]
+NAMES = ["tiny-v3", "tiny-v2", "tiny-v2lite", "tiny-kimi"]
 ROWS = 12  # static rows of a step; mixed steps have 6 absorbed ones before them
 
 

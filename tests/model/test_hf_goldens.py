@@ -4,6 +4,8 @@ The goldens of `tests/goldens` come from transformers in float32 (`scripts/make_
 itself agrees with an independent float64 implementation to `fp32_noise`.
 """
 
+import dataclasses
+import json
 from pathlib import Path
 
 import jax
@@ -13,11 +15,17 @@ import pytest
 
 from dskjax import model
 from dskjax.checkpoint import load_config, load_hf
+from dskjax.decode import generate
 from dskjax.layers.rope import inverse_frequencies
+from dskjax.params import named_leaves, tree_of
+from dskjax.quantise import LINEARS
+from pallas_kernels import QTensor
 from tests.goldens.cases import CASES
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 NAMES = [case.name for case in CASES]
+FP8 = [case.name for case in CASES if case.fp8]
+FORMS = [(name, "keep") for name in NAMES] + [(name, "dequantise") for name in FP8]
 TOLERANCE = 2e-5  # relative error in the 2-norm, for logits and every hidden state
 
 
@@ -43,10 +51,21 @@ def test_constants(name):
     np.testing.assert_allclose(speeds, golden["inv_freq"], rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_hidden_state_router_choice_and_logit(name):
-    golden = dict(np.load(GOLDENS / name / "golden.npz"))
-    params, cfg = load_hf(GOLDENS / name, dtype=jnp.float32)
+def quantised_leaves(params):
+    leaves = dict(named_leaves(params))
+    return {path: leaf for path, leaf in leaves.items() if isinstance(leaf, QTensor)}
+
+
+def load(name, quantised="keep"):
+    """Params and config; FP8 weights are QTensors exactly if they are to be kept."""
+    params, cfg = load_hf(GOLDENS / name, dtype=jnp.float32, quantised=quantised)
+    found = {path.rpartition(".")[2] for path in quantised_leaves(params)}
+    kept = LINEARS - {"q_proj"} if name in FP8 and quantised == "keep" else set()
+    assert found == kept
+    return params, cfg
+
+
+def check(golden, params, cfg):
     depths = cfg.mtp.num_nextn_predict_layers
 
     @jax.jit
@@ -70,3 +89,68 @@ def test_every_hidden_state_router_choice_and_logit(name):
         close(logits[k][:, :-k], golden[f"mtp_logits_{k}"], f"mtp_logits_{k}")
         experts = chain.experts[k - 1][:, :-k]
         same_experts(experts, golden[f"mtp_experts_{k}"], f"mtp_experts_{k}")
+
+
+@pytest.mark.parametrize(("name", "quantised"), FORMS)
+def test_every_hidden_state_router_choice_and_logit(name, quantised):
+    check(dict(np.load(GOLDENS / name / "golden.npz")), *load(name, quantised))
+
+
+@pytest.mark.parametrize("name", ["v2_groups", "kimi", *FP8])
+def test_greedy_tokens(name):
+    """Through the cache; FP8 weights stay as they are stored."""
+    golden, (params, cfg) = np.load(GOLDENS / name / "golden.npz"), load(name)
+    prompts = golden["ids"][:, : int(golden["prompt_len"])].tolist()
+    count, drafts = golden["greedy"].shape[1], 2 * min(cfg.mtp.num_nextn_predict_layers, 1)
+    result = generate(
+        params, cfg, prompts, max_tokens=count, drafts=drafts, accept="strict", ignore_eos=True
+    )
+    assert result.ties == 0
+    assert np.array_equal(result.tokens, golden["greedy"])
+
+
+# ------------------------------------------------------------------ what the FP8 goldens must see
+
+
+def test_the_ragged_checkpoint_is_what_it_is_for():
+    """Scales apart from their weights, cut blocks on both sides, some scales powers of two."""
+    index = json.loads((GOLDENS / "fp8_ragged" / "model.safetensors.index.json").read_text())
+    where = index["weight_map"]
+    scales = [name for name in where if name.endswith("_scale_inv")]
+    apart = [name for name in scales if where[name] != where[name.removesuffix("_scale_inv")]]
+    assert 0 < len(apart) < len(scales)
+    leaves = quantised_leaves(load("fp8_ragged")[0])
+    shapes = {(path.rpartition(".")[2], leaf.scales.shape[-2:]) for path, leaf in leaves.items()}
+    assert {("kv_a_proj_with_mqa", (1, 2)), ("kv_b_proj", (2, 1)), ("o_proj", (2, 1))} <= shapes
+    for path, leaf in leaves.items():
+        mantissa, _ = np.frexp(leaf.scales)
+        assert (mantissa == 0.5).all() == (".mlp." in path), path
+
+
+def _other_block(axis):
+    return lambda scales: jnp.roll(scales, 1, axis=axis)
+
+
+BUGS = {
+    "scales divide": ("fp8_ragged", "moe_layers.mlp.experts.down_proj", lambda s: 1 / s),
+    "scales of the next rows": ("fp8_ragged", "moe_layers.self_attn.kv_b_proj", _other_block(-2)),
+    "scales of the next columns": ("fp8_aligned", "dense_layers.mlp.down_proj", _other_block(-1)),
+    "gate's scales at up": ("fp8_aligned", "moe_layers.mlp.experts.gate_up_proj", _other_block(-3)),
+    "scales of the next rows, in MTP": (
+        "fp8_ragged",
+        "mtp_layers.block.self_attn.o_proj",
+        _other_block(-2),
+    ),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_fp8_goldens_see(bug):
+    name, path, change = BUGS[bug]
+    params, cfg = load(name)
+    leaf = quantised_leaves(params)[path]
+    leaves = dict(named_leaves(params))
+    wrong = dataclasses.replace(leaf, scales=change(leaf.scales))
+    with pytest.raises(AssertionError):
+        golden = dict(np.load(GOLDENS / name / "golden.npz"))
+        check(golden, tree_of(leaves | {path: wrong}), cfg)

@@ -1,5 +1,6 @@
 """Gate, experts and shared experts of one layer against the float64 oracle; SwiGLU and RMSNorm."""
 
+import dataclasses
 import functools
 
 import jax
@@ -55,7 +56,14 @@ def check(name, change=lambda params: params, impl="reference"):
 
 
 @pytest.mark.parametrize(
-    ("name", "impl"), [("tiny-v3", "reference"), ("tiny-v3", "xla"), ("tiny-v2lite", "reference")]
+    ("name", "impl"),
+    [
+        ("tiny-v3", "reference"),
+        ("tiny-v3", "xla"),
+        ("tiny-v2", "reference"),
+        ("tiny-v2lite", "reference"),
+        ("tiny-kimi", "reference"),
+    ],
 )
 def test_matches_oracle(name, impl):
     check(name, impl=impl)
@@ -115,6 +123,20 @@ def test_bias_is_fp32_and_moves_choices_only():
     moved["gate"]["e_score_correction_bias"] += 5.0  # the same for all: nothing changes
     for got, want in zip(run("tiny-v3", moved), expected("tiny-v3"), strict=True):
         np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def test_a_greedy_gate_ignores_groups():
+    """V2-Lite's config names groups; only the group-limited gate of V2 heeds them."""
+    cfg, params, _ = inputs("tiny-v2")
+    greedy = dataclasses.replace(cfg.moe, topk_method="greedy")
+    x = jnp.asarray(inputs("tiny-v2")[2], jnp.float32)
+    chosen = {}
+    for name, moe in {"limited": cfg.moe, "greedy": greedy}.items():
+        call = jit(lambda p, x, m=moe: bind(layer.Gate, p, cfg.hidden_size, m)(x, impl="auto"))
+        chosen[name] = np.sort(call(params["gate"], x)[1], axis=1)
+    groups = [len(set(row)) for row in chosen["greedy"] // 4]
+    assert max(groups) == 3, "no row would use more groups than topk_group"
+    assert all(len(set(row)) <= 2 for row in chosen["limited"] // 4)
 
 
 def test_swiglu_gates_with_the_first_half():

@@ -13,17 +13,8 @@ from pallas_kernels.testing import assert_close
 from tests.oracles import deepseek
 from tests.tolerances import ROPE
 
-V3, V2_LITE = presets.deepseek_v3(), presets.deepseek_v2_lite()
-K2 = RopeConfig(
-    rope_theta=5e4,
-    yarn=YarnConfig(
-        factor=32.0,
-        original_max_position_embeddings=4096,
-        beta_fast=1.0,
-        mscale=1.0,
-        mscale_all_dim=1.0,
-    ),
-)
+V3, V2, V2_LITE = presets.deepseek_v3(), presets.deepseek_v2(), presets.deepseek_v2_lite()
+MOONLIGHT, K2 = presets.moonlight_16b_a3b(), presets.kimi_k2()
 CHANNELS = [8, 11, 12, 16, 20, 22, 23, 31]
 V3_SPEEDS = [0.1, 0.0390069, 0.0268794, 0.0055, 7.90569e-4, 1.77828e-4, 3.3338e-5, 3.3338e-6]
 K2_SPEEDS = [0.066874, 0.024251, 0.0172936, 0.00447214, 3.61405e-5, 1.83784e-5]
@@ -31,20 +22,24 @@ K2_SPEEDS += [1.31059e-5, 8.76441e-7]
 
 
 @pytest.mark.parametrize(
-    ("rope", "speeds"), [(V3.rope, V3_SPEEDS), (V2_LITE.rope, V3_SPEEDS), (K2, K2_SPEEDS)]
+    ("cfg", "speeds"),
+    [(V3, V3_SPEEDS), (V2, V3_SPEEDS), (V2_LITE, V3_SPEEDS), (K2, K2_SPEEDS)],
 )
-def test_golden_inverse_frequencies(rope, speeds):
-    np.testing.assert_allclose(inverse_frequencies(64, rope)[CHANNELS], speeds, rtol=1e-5)
+def test_golden_inverse_frequencies(cfg, speeds):
+    np.testing.assert_allclose(inverse_frequencies(64, cfg.rope)[CHANNELS], speeds, rtol=1e-5)
 
 
-def test_ramp_lies_between_the_golden_bounds():
+@pytest.mark.parametrize(
+    ("cfg", "low", "high"), [(V3, 10, 23), (V2, 10, 23), (V2_LITE, 10, 23), (K2, 19, 20)]
+)
+def test_ramp_lies_between_the_golden_bounds(cfg, low, high):
     """Channels up to `low` keep their speed, from `high` on they are divided by the factor."""
-    plain = 1e4 ** -(np.arange(32) / 32)
-    ratio = inverse_frequencies(64, V3.rope) / plain
-    assert deepseek.yarn_bounds(V3.to_hf()) == (10, 23)
-    np.testing.assert_allclose(ratio[:11], 1, rtol=1e-12)
-    np.testing.assert_allclose(ratio[23:], 1 / 40, rtol=1e-12)
-    assert (np.diff(ratio[10:24]) < 0).all()
+    plain = cfg.rope.rope_theta ** -(np.arange(32) / 32)
+    ratio = inverse_frequencies(64, cfg.rope) / plain
+    assert deepseek.yarn_bounds(cfg.to_hf()) == (low, high)
+    np.testing.assert_allclose(ratio[: low + 1], 1, rtol=1e-12)
+    np.testing.assert_allclose(ratio[high:], 1 / cfg.rope.yarn.factor, rtol=1e-12)
+    assert (np.diff(ratio[low : high + 1]) < 0).all()
 
 
 @pytest.mark.parametrize("cfg", [presets.preset(name) for name in presets.PRESETS])
@@ -55,9 +50,8 @@ def test_inverse_frequencies_match_oracle(cfg):
 
 
 def test_without_yarn_the_speeds_are_plain():
-    """Moonlight: theta 5e4, no YaRN."""
     want = [5e4 ** (-2 * j / 64) for j in range(32)]
-    np.testing.assert_allclose(inverse_frequencies(64, RopeConfig(rope_theta=5e4)), want)
+    np.testing.assert_allclose(inverse_frequencies(64, MOONLIGHT.rope), want)
 
 
 def test_equal_ramp_ends_do_not_divide_by_zero():
@@ -69,7 +63,13 @@ def check_softmax_scale(cfg, want):
     assert cfg.softmax_scale == pytest.approx(want, rel=1e-9)
 
 
-GOLDEN_SCALES = [(V3, 0.1352337789), (V2_LITE, 0.1147213868)]
+GOLDEN_SCALES = [
+    (V3, 0.1352337789),
+    (V2, 0.1147213868),
+    (V2_LITE, 0.1147213868),
+    (K2, 0.1308608000),
+    (MOONLIGHT, 0.0721687836),
+]
 
 
 @pytest.mark.parametrize(("cfg", "want"), GOLDEN_SCALES)
@@ -80,10 +80,6 @@ def test_golden_softmax_scale(cfg, want):
 def test_softmax_scale_follows_mscale_all_dim_alone():
     yarn = dataclasses.replace(V3.rope.yarn, mscale_all_dim=0.707)
     check_softmax_scale(dataclasses.replace(V3, rope=RopeConfig(yarn=yarn)), 0.1147213868)
-
-
-def test_golden_softmax_scale_without_yarn():
-    check_softmax_scale(dataclasses.replace(V3, rope=RopeConfig(rope_theta=5e4)), 0.0721687836)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +101,7 @@ def check_tables(cfg):
     np.testing.assert_allclose(np.square(cos) + np.square(sin), 1, rtol=1e-6)
 
 
-@pytest.mark.parametrize("cfg", [V3, V2_LITE])
+@pytest.mark.parametrize("cfg", [V3, V2, V2_LITE, K2])
 def test_cos_and_sin_are_not_scaled(cfg):
     assert cfg.rope.yarn.attention_factor == 1.0
     check_tables(cfg)

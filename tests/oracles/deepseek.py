@@ -1,5 +1,5 @@
-"""DeepSeek-V2-Lite and V3 with MTP in NumPy float64, from the reports and the published weights'
-layout alone.
+"""DeepSeek-V2, V2-Lite, V3 and Kimi-K2 with MTP in NumPy float64, from the reports and the
+published weights' layout alone.
 
 Imports nothing of ours. Weights are a flat dict under hub names in torch order, as a checkpoint
 stores them: rotary channels are *interleaved*, and are rotated so. `config` is the parsed
@@ -105,14 +105,14 @@ def attention(w, name, x, config):
 
 def gate(w, name, x, config):
     """(weights, experts) [T, K] of the gate of a layer."""
-    v3 = config["topk_method"] == "noaux_tc"
+    v3, greedy = config["topk_method"] == "noaux_tc", config["topk_method"] == "greedy"
     return gates.gate(
         x @ w[name + "gate.weight"].T,
         w[name + "gate.e_score_correction_bias"] if v3 else None,
         top_k=config["num_experts_per_tok"],
         scoring_func=config["scoring_func"],
-        n_group=config["n_group"],
-        topk_group=config["topk_group"],
+        n_group=1 if greedy else config["n_group"],
+        topk_group=1 if greedy else config["topk_group"],
         norm_topk_prob=config["norm_topk_prob"],
         routed_scaling_factor=config["routed_scaling_factor"],
     )

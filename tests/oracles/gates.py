@@ -1,4 +1,4 @@
-"""The gates of DeepSeek-V2-Lite and V3, one token and one expert at a time."""
+"""The gates of DeepSeek-V2-Lite, V2 and V3, one token and one expert at a time."""
 
 import numpy as np
 
@@ -22,12 +22,17 @@ def gate_row(
         scores = e / e.sum()
     choice = scores if bias is None else scores + bias
     allowed = list(range(len(scores)))
-    if bias is not None and n_group > 1:
+    if n_group > 1:
         size = len(scores) // n_group
         members = [range(g * size, (g + 1) * size) for g in range(n_group)]
-        group_scores = [sum(sorted(choice[list(m)])[-2:]) for m in members]
+        best = 1 if bias is None else 2  # V2: a group is as good as its best expert
+        group_scores = [sum(sorted(choice[list(m)])[-best:]) for m in members]
         kept = ranked(group_scores)[:topk_group]
-        allowed = [e for g in sorted(kept) for e in members[g]]
+        inside = [e for g in sorted(kept) for e in members[g]]
+        if bias is None:  # V2 sets the other scores to 0 and chooses among all
+            scores = choice = np.where(np.isin(allowed, inside), scores, np.zeros_like(scores))
+        else:
+            allowed = inside
     experts = [allowed[i] for i in ranked([choice[e] for e in allowed])[:top_k]]
     weights = np.float64(scores)[experts]
     if norm_topk_prob:

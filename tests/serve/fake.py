@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from serve.plan import StepLogprobs, StepPlan, StepResult
+from serve.plan import Chunk, StepLogprobs, StepPlan, StepResult
 from serve.request import MAX_LOGPROBS, FinishReason, Request, StopOptions
 from serve.scheduler_config import SchedulerConfig
 
@@ -73,6 +73,14 @@ def continuation(
     return text.tokens[len(prompt) :], FinishReason.LENGTH
 
 
+def scores(tokens: Sequence[int], start: int, end: int, vocab: int = VOCAB) -> StepLogprobs:
+    """What `FakeRunner` says of the tokens after rows [start, end)."""
+    following = np.array(tokens[start + 1 : end + 1])[:, None]
+    best = np.arange(MAX_LOGPROBS)
+    values = -np.arange(start, end)[:, None] - following / vocab - best
+    return StepLogprobs(values[:, 0], (following + best) % vocab, values)
+
+
 @dataclasses.dataclass
 class Admitted:
     """Copy of a request as of its admission."""
@@ -107,6 +115,7 @@ class FakePending:
     chunks: list[tuple[int, int, int]]
     table: np.ndarray
     logprobs: bool
+    scored: list[bool]
     ready: float
 
 
@@ -170,6 +179,7 @@ class FakeRunner:
             chunks=[(c.request.slot, c.start, c.length) for c in plan.chunks],
             table=page_table.copy(),
             logprobs=any(r.sampling.logprobs is not None for r in plan.requests),
+            scored=[c.request.scored for c in plan.chunks],
             ready=self._ready,
         )
 
@@ -190,7 +200,7 @@ class FakeRunner:
         result = self._decode(pending)
         for slot, start, length in pending.chunks:
             self._prefill(slot, start, length, pending)
-        return result
+        return result._replace(prompt_logprobs=self._scores(pending))
 
     # ---- what a transfer does
 
@@ -328,6 +338,13 @@ class FakeRunner:
             if new[-1] in ends or emitted + 1 == request.stop.max_tokens:
                 return new, True
         return new, False
+
+    def _scores(self, pending: FakePending) -> list[tuple[Chunk, StepLogprobs]]:
+        found = []
+        for chunk, (slot, start, length) in zip(pending.plan.chunks, pending.chunks, strict=True):
+            tokens = self._rows[slot].text.tokens
+            found.append((chunk, scores(tokens, start, start + length, self.vocab)))
+        return [one for one, wanted in zip(found, pending.scored, strict=True) if wanted]
 
     def _logprobs(self, pending: FakePending, tokens: np.ndarray) -> StepLogprobs | None:
         if not pending.logprobs:

@@ -12,9 +12,10 @@ from serve.blocks import BlockManager
 from serve.drafting import DraftPolicy
 from serve.plan import StepPlan, TokenEvent
 from serve.request import FinishReason, Request, StopOptions
+from serve.results import token_logprobs
 from serve.scheduler import MAX_LAUNCHED, Scheduler
 from serve.scheduler_config import SchedulerConfig
-from tests.serve.fake import FakePending, FakeRunner, continuation
+from tests.serve.fake import FakePending, FakeRunner, continuation, scores
 
 EOS = (0,)
 
@@ -186,6 +187,7 @@ class Harness:
         request = event.request
         assert request.id not in self.ends, f"{event} after its end"
         tokens = self.tokens[request.id]
+        self._check_scores(event, first=not tokens)
         tokens += event.tokens
         wanted, reason = continuation(request.tokens[: request.prompt_len], request.stop, EOS)
         assert tokens == wanted[: len(tokens)], (request, tokens, wanted)
@@ -196,6 +198,17 @@ class Harness:
         assert tokens == wanted and event.finish is reason, (event, wanted, reason)
         assert (event.stop_token is not None) == (reason is FinishReason.STOP)
         self.ends[request.id] = event
+
+    def _check_scores(self, event: TokenEvent, first: bool) -> None:
+        """Those of the prompt come once, with the first tokens, and all rows were computed."""
+        request, best = event.request, event.request.sampling.prompt_logprobs
+        if best is None or not first:
+            assert event.prompt_logprobs is None, event
+            return
+        prompt = request.tokens[: request.prompt_len]
+        wanted = token_logprobs(scores(prompt, 0, len(prompt) - 1), best)
+        assert event.prompt_logprobs == wanted, (request, event.prompt_logprobs, wanted)
+        assert not request.hit, f"{request} is scored and took rows from the cache"
 
     def _check_writes(self, plan: StepPlan) -> None:
         """No row of the step lies in a page that somebody else holds or could find."""

@@ -53,7 +53,11 @@ def compiled(role: Role, index: int, tp: int, modules: int) -> tuple[Engine, Pla
     devices = tuple(jax.devices()[i] for i in _DEVICES[role, tp][index])
     placement = Placement(f"{role.value}{index}", role, devices)
     config = small(
-        layerwise_from=1, layer_group=1, pages=48, chunk=8 if role is Role.PREFILL else 4
+        layerwise_from=1,
+        layer_group=1,
+        pages=48,
+        chunk=8 if role is Role.PREFILL else 4,
+        prompt_logprobs=True,
     )
     engine = build_engine(
         toy_model(modules),

@@ -54,12 +54,13 @@ class Answers:
     """Takes the events of requests and waits for their ends.
 
     Attributes:
-        tokens, logprobs, ends: by request id.
+        tokens, logprobs, prompt_logprobs, ends: by request id.
     """
 
     def __init__(self):
         self.tokens: dict[str, list[int]] = {}
         self.logprobs: dict[str, list[TokenLogprob]] = {}
+        self.prompt_logprobs: dict[str, list[TokenLogprob]] = {}
         self.ends: dict[str, TokenEvent] = {}
         self._queue: queue.SimpleQueue[list[TokenEvent]] = queue.SimpleQueue()
 
@@ -84,6 +85,10 @@ class Answers:
             self.tokens.setdefault(id, []).extend(event.tokens)
             if event.logprobs is not None:
                 self.logprobs.setdefault(id, []).extend(event.logprobs)
+            if event.prompt_logprobs is not None:
+                assert id not in self.prompt_logprobs, f"{event} tells the prompt twice"
+                assert self.tokens[id] == event.tokens, f"{event} comes before the prompt"
+                self.prompt_logprobs[id] = event.prompt_logprobs
             if event.finish is not None:
                 self.ends[id] = event
 

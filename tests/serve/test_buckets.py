@@ -21,6 +21,7 @@ SIZES = st.fixed_dictionaries(
         "mixed": st.booleans(),
         "few": st.booleans(),
         "extras": st.booleans(),
+        "scored": st.booleans(),
     }
 )
 
@@ -64,7 +65,11 @@ def test_whatever_a_step_launches_was_compiled(sizes, data):
     compiled = set(buckets.all())
     rows = data.draw(st.integers(0, buckets.batches[-1]))
     lengths = data.draw(st.lists(st.integers(1, buckets.chunk), min_size=rows == 0, max_size=6))
-    requests = [make_request(str(i), [1] * 200) for i in range(rows + len(lengths))]
+    wishes = st.sampled_from((None, 3) if buckets.scored else (None,))
+    requests = [
+        make_request(str(i), [1] * 200, prompt_logprobs=data.draw(wishes))
+        for i in range(rows + len(lengths))
+    ]
     chunks = [
         Chunk(request, 0, length) for request, length in zip(requests[rows:], lengths, strict=True)
     ]
@@ -86,6 +91,25 @@ def test_whatever_a_step_launches_was_compiled(sizes, data):
         assert decodes == (bucket.batch > 0) and bool(members) == (bucket.chunks > 0)
         assert bucket.variant >= needed or not decodes
         assert bucket.batch >= rows * decodes and bucket.columns >= plan.columns
+        assert bucket.scored == any(chunks[i].request.scored for i in members)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("rows", [0, 2])
+def test_a_launch_is_scored_if_one_of_its_chunks_is(rows, mixed):
+    sizes = dict(slots=8, columns=8, chunk=32, drafts=(0,))
+    buckets = Buckets.make(**sizes, mixed=mixed, scored=True)
+    wishes = [None] * rows + [None, 3, None]  # the longest chunk, and two that share a launch
+    requests = [make_request(str(n), [1] * 60, prompt_logprobs=k) for n, k in enumerate(wishes)]
+    lengths = (30, 5, 6)
+    chunks = [Chunk(r, 0, n) for r, n in zip(requests[rows:], lengths, strict=True)]
+    slots = np.arange(rows, dtype=np.int32)
+    plan = StepPlan(0, [], requests[:rows], slots, 0, chunks, 8)
+    found = list(launches(plan, chunks, Variant.PLAIN, buckets))
+    assert {bucket for bucket, _, _ in found} <= set(buckets.all())
+    scored = {i: bucket.scored for bucket, _, members in found for i in members}
+    assert scored == {0: False, 1: True, 2: True}
+    assert buckets.fit_variant(Variant.PLAIN, scored=True) is Variant.FULL
 
 
 @given(SIZES)
@@ -97,8 +121,10 @@ def test_all_lists_each_program_once_the_heaviest_first(sizes):
     assert weights == sorted(weights, reverse=True)
     both = sum(1 for bucket in found if bucket.batch and bucket.chunks)
     widths, shapes = len(buckets.columns), len(buckets.chunk_shapes)
-    programs = widths * shapes * len(buckets.drafts) * len(buckets.variants)
+    programs = widths * shapes * len(buckets.drafts) * (len(buckets.variants) + buckets.scored)
     assert both == (programs if buckets.mixed else 0)
+    alone = sum(1 for bucket in found if not bucket.batch)
+    assert alone == widths * shapes * (1 + buckets.scored)
 
 
 def test_variants_are_those_that_may_be_asked_for():
@@ -126,6 +152,7 @@ def test_a_bucket_says_what_it_is():
     assert str(Bucket(8, 0, 0, 3, 16)) == "decode 8x4, 16 pages, full"
     assert str(Bucket(8, 2, 32, 0, 4)) == "decode 8x1 + prefill 2x32, 4 pages, full"
     assert str(Bucket(0, 2, 32, 0, 4)) == "prefill 2x32, 4 pages"
+    assert str(Bucket(0, 2, 32, 0, 4, scored=True)) == "scored prefill 2x32, 4 pages"
     assert Bucket(8, 2, 32, 3, 4).tokens == 8 * 4 + 2 * 32
 
 

@@ -16,7 +16,7 @@ from serve.engine_api import (
     Role,
     Tokens,
 )
-from serve.request import FinishReason, Status
+from serve.request import FinishReason, SamplingOptions, Status
 from tests.serve.engine_bench import FORM, EngineBench, submit, wanted
 from tests.serve.harness import long_answer, make_request, prompt
 from tests.serve.stack import until
@@ -290,3 +290,20 @@ def test_a_process_that_serves_is_settled():
         gc.unfreeze()
         gc.set_threshold(*before[0])
         sys.setswitchinterval(before[1])
+
+
+# ------------------------------------------------------------------ no token, no score
+
+
+@pytest.mark.parametrize("best", [None, 0, 2])
+def test_a_request_that_asks_for_nothing_ends_at_once(best):
+    bench = EngineBench()
+    options = SamplingOptions(prompt_logprobs=best)
+    tokens = prompt(9) if best is None else prompt(1)  # nothing predicts a first token
+    submit(bench, "a", tokens, 0, sampling=options)
+    bench.drain()
+    [event] = bench.of("a")
+    assert (event.tokens, event.finish) == ([], FinishReason.LENGTH)
+    assert event.prompt_logprobs == (None if best is None else [])
+    assert bench.runner.launched == 0
+    bench.check_drained()

@@ -3,8 +3,10 @@
 import pytest
 
 from serve.engine_api import Held, Installed, Refused, Reserved, Role, Tokens
-from serve.request import FinishReason, Status
+from serve.request import FinishReason, SamplingOptions, Status
+from serve.results import token_logprobs
 from tests.serve.engine_bench import EngineBench, part, submit, ticket, wanted
+from tests.serve.fake import scores
 from tests.serve.harness import EOS, long_answer, make_request, prompt
 
 
@@ -114,3 +116,27 @@ def test_a_reservation_without_room_is_refused():
     bench.engine.reserve(make_request("b#0", prompt(5)))
     bench.drain()
     assert [event.request_id for event in bench.posted(Reserved)] == ["a#0", "b#0"]
+
+
+@pytest.mark.parametrize("length", [1, 22])
+@pytest.mark.parametrize("max_tokens", [0, 1, 8])
+def test_a_prefill_tells_what_was_asked_about_the_prompt(max_tokens, length):
+    bench = EngineBench(Role.PREFILL)
+    tokens = long_answer(length, max_tokens)
+    options = SamplingOptions(prompt_logprobs=2)
+    request = make_request("a#0", tokens, max_tokens, sampling=options, prefill_only=True)
+    bench.engine.submit_prefill(request, ticket("a", length))
+    bench.drain()
+    [held] = bench.posted(Held)
+    assert held.tokens == wanted(tokens, max_tokens)[:1]
+    assert held.finish is (FinishReason.LENGTH if max_tokens < 2 else None)
+    assert held.prompt_logprobs == token_logprobs(scores(tokens, 0, length - 1), 2)
+    event = held.event(request)
+    assert event.prompt_logprobs is held.prompt_logprobs and event.finish is held.finish
+    assert [call for call in bench.link.calls if call[0] == "complete"] == (
+        [("complete", "a#0", -(-length // 4))] if max_tokens else []
+    )
+    bench.engine.release("a#0", False)
+    bench.drain()
+    bench.check_drained()
+    assert ("drop", "a#0") in bench.link.calls

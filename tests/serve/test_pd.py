@@ -11,6 +11,7 @@ from serve.transfer.states import TransferState
 from serve.transfer.transport import Mode
 from tests.decode.plain import Ask
 from tests.serve.pd_stack import PAGE, Layout, asks, check_texts, cluster, expected, requests_of
+from tests.serve.scores import check_scores
 
 PLAIN = Layout()
 LAYOUTS = (
@@ -117,6 +118,48 @@ def test_what_the_decoding_engine_has_is_not_sent_again(mode):
     (first, all_tokens), (second, rest), (third, more) = sent
     assert all_tokens == 26 and rest < 10 and more < 13
     assert second < first / 2 and third <= first
+
+
+WIDE = pytest.param(Layout(prefill_tp=2), marks=pytest.mark.full)
+
+
+@pytest.mark.parametrize("layout", [PLAIN, WIDE], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_prompts_are_scored_by_who_computes_them(mode, layout):
+    """Whole, even where others go layer by layer; and what the decoding engine has is no hindrance
+    on either side.
+    """
+    some, modules = [ask for ask in asks() if len(ask.prompt) > 1], 3
+    with cluster(layout, modules, layerwise=mode == "layerwise") as pd:
+        first = requests_of(some[:4], f"scored-{mode}-{layout}")
+        pd.serve(first)
+        for most in (0, 1, 12):
+            cut = [dataclasses.replace(ask, max_tokens=most) for ask in some]
+            name = f"scored-{mode}-{layout}"
+            requests = requests_of(cut, f"{name}-{most}", salt=name, prompt_logprobs=3)
+            summaries = pd.serve(requests)
+            for ask, asked, summary in zip(cut, requests, summaries, strict=True):
+                said = pd.answers.prompt_logprobs[asked.id]
+                check_scores(said, ask.prompt, 3, modules)
+                assert pd.answers.text(asked.id) == expected(ask, modules)
+                assert summary.mode is Mode.WHOLE and summary.failures == 0
+                assert (summary.tokens_transferred > 0) == (most > 1)
+        pd.assert_empty()
+    assert not any(asked.id in pd.answers.prompt_logprobs for asked in first)
+
+
+@pytest.mark.parametrize("name", ["dropped", "failed at the end"])
+def test_a_prompt_is_told_once_however_often_it_is_sent(name):
+    some, modules = asks(6, seed=4), 3
+    faults = Faults([dataclasses.replace(rule) for rule in SCRIPTS[name]])
+    with cluster(PLAIN, modules, layerwise=True, faults=faults, **LIMITS) as pd:
+        requests = requests_of(some, f"once-{name}", prompt_logprobs=2)
+        summaries = pd.serve(requests)
+        assert check_texts(pd, some, requests, modules) == len(some)
+        pd.assert_empty()
+    assert sum(summary.failures for summary in summaries) > 0
+    for ask, asked in zip(some, requests, strict=True):
+        check_scores(pd.answers.prompt_logprobs[asked.id], ask.prompt, 2, modules)
 
 
 def test_a_request_that_its_first_token_ends_is_not_sent():

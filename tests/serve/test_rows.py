@@ -71,6 +71,18 @@ def test_prompt_rows_and_the_tokens_that_follow_them():
     np.testing.assert_array_equal(found.page_table[:2], TABLE[[4, 1], :4])
     assert (found.page_table[2] == -1).all()
     assert prefill_rows(chunks, TABLE, (3, 5), 4, 0).following.shape == (3, 5, 0)
+    assert found.targets is None
+
+
+@pytest.mark.parametrize("depths", [0, 1, 3])
+def test_the_target_of_a_row_is_the_token_after_it(depths):
+    """At the end of a chunk too, where it is the first of the next one."""
+    prompt = list(range(10, 20))
+    chunks = [Chunk(placed("a", prompt, 4), 3, 4), Chunk(placed("b", prompt, 1), 4, 5)]
+    targets = prefill_rows(chunks, TABLE, (3, 5), 4, depths, True).targets
+    assert targets is not None and targets.shape == (3, 5) and targets.dtype == np.int32
+    assert targets[0, :4].tolist() == [14, 15, 16, 17]
+    assert targets[1].tolist() == [15, 16, 17, 18, 19]
 
 
 def test_options_of_a_request():

@@ -6,8 +6,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from serve.blocks import BlockManager, Chain
 from serve.planner import Planner
-from serve.request import FinishReason, Status
+from serve.request import FinishReason, Request, SamplingOptions, Status
 from serve.residents import Residents
+from serve.results import Results, token_logprobs
 from serve.scheduler import MAX_LAUNCHED
 from serve.slots import SlotTable
 from tests.serve.fake import continuation
@@ -69,10 +70,15 @@ class Machine(RuleBasedStateMachine):
         salt=st.sampled_from(("", "", "x")),
         only=st.sampled_from((False, False, True)),
         ignore_eos=st.booleans(),
+        scored=st.sampled_from((None, None, 0, 2)),
+        silent=st.booleans(),
     )
-    def add(self, prompt, most, priority, salt, only, ignore_eos):
+    def add(self, prompt, most, priority, salt, only, ignore_eos, scored, silent):
         id, most = self.draw(prompt, most)
+        if silent and scored is not None and len(prompt) > 1:
+            most = 0  # the scores are all that is wanted
         options = dict(priority=priority, salt=salt, prefill_only=only, ignore_eos=ignore_eos)
+        options["sampling"] = SamplingOptions(prompt_logprobs=scored)
         self.harness.add(id, prompt, most, **options)
 
     @precondition(lambda self: len(self.harness.launched) < MAX_LAUNCHED)
@@ -209,7 +215,7 @@ def test_machine_sees_hits_that_leave_no_tail(monkeypatch):
         return found
 
     monkeypatch.setattr(BlockManager, "match", match)
-    assert_red(Machine, "into a findable page|into shared page|no hidden")
+    assert_red(Machine, r"into a findable page|into shared page|no hidden|\d+, -1\)")
 
 
 def test_machine_sees_too_few_pages_for_the_steps_ahead(monkeypatch):
@@ -238,3 +244,26 @@ def test_machine_sees_an_admission_left_out(monkeypatch):
 
     monkeypatch.setattr(Planner, "plan", plan)
     assert_red(Machine, "was not admitted")
+
+
+def test_machine_sees_a_scored_prompt_that_is_taken_from_the_cache(monkeypatch):
+    right = SlotTable.try_take
+
+    def try_take(self, entry, length):
+        with monkeypatch.context() as patch:
+            patch.setattr(Request, "scored", property(lambda self: False))
+            return right(self, entry, length)
+
+    monkeypatch.setattr(SlotTable, "try_take", try_take)
+    assert_red(Machine, r"\d scores")
+
+
+def test_machine_sees_scores_that_are_told_twice(monkeypatch):
+    def keep(self, result):
+        for chunk, found in result.prompt_logprobs:
+            if chunk.request.status is not Status.FINISHED:
+                known = self._residents.entries[chunk.request.id].prompt_logprobs
+                known += token_logprobs(found, chunk.request.sampling.prompt_logprobs)
+
+    monkeypatch.setattr(Results, "_keep_prompt_logprobs", keep)
+    assert_red(Machine, r"\d scores")

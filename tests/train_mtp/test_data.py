@@ -7,19 +7,21 @@ then tells its document and its place, and "each token once" is a comparison of 
 import collections
 import json
 import shutil
-import threading
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dskjax import document_tokens
+from dskjax.document_tokens import tokenise
+from dskjax.documents import Document, list_files
 from dskjax.tokenizer import ASSISTANT, BOS, END_THINK, EOS, THINK, USER, Tokenizer
 from train_mtp import token_store
-from train_mtp.data import Batch, PackedDataset, Prefetcher, TokenStore, build_store
-from train_mtp.documents import Document, list_files
+from train_mtp.data import Batch, PackedDataset, TokenStore, build_store, read_ahead
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "examples" / "tiny-deepseek"
@@ -101,20 +103,20 @@ def test_a_damaged_store_is_named(tmp_path, corpus):
 
 
 def test_many_batches_and_long_documents_give_the_same_tokens(monkeypatch):
-    code = Path(token_store.__file__).read_text()
+    code = Path(document_tokens.__file__).read_text()
     docs = [Document(code * 3, "a"), Document("x\n", "b"), Document("é" * 50, "c")]
-    whole = [ids.tolist() for _, ids in token_store.tokenise(docs, tiny)]
+    whole = [ids.tolist() for _, ids, _ in tokenise(docs, tiny)]
     assert whole[0] == [0, *tiny.encode(code * 3, parse_special=False), 1]
-    monkeypatch.setattr(token_store, "_BATCH_BYTES", 1)
-    assert [ids.tolist() for _, ids in token_store.tokenise(docs, tiny)] == whole
-    monkeypatch.setattr(token_store._pieces, "__defaults__", (30,))
-    assert [ids.tolist() for _, ids in token_store.tokenise(docs, tiny)] == whole
+    monkeypatch.setattr(document_tokens, "_BATCH_BYTES", 1)
+    assert [ids.tolist() for _, ids, _ in tokenise(docs, tiny)] == whole
+    monkeypatch.setattr(document_tokens._pieces, "__defaults__", (30,))
+    assert [ids.tolist() for _, ids, _ in tokenise(docs, tiny)] == whole
 
 
 @given(st.text(alphabet="ab \n\r\t.(1é\u3000", max_size=60), st.integers(1, 12))
 @settings(max_examples=300)
 def test_pieces_join_and_tokenise_like_the_whole(text, limit):
-    pieces = token_store._pieces(text, limit)
+    pieces = document_tokens._pieces(text, limit)
     assert "".join(pieces) == text
     ids = [i for part in tiny.encode_batch(pieces, parse_special=False) for i in part]
     assert ids == tiny.encode(text, parse_special=False)
@@ -124,7 +126,7 @@ def test_a_store_without_documents_is_refused():
     with pytest.raises(ValueError, match="is empty"):
         TokenStore.from_documents([[1], []])
     with pytest.raises(ValueError, match="at least one document"):
-        TokenStore(np.zeros(0, np.uint16), np.zeros(1, np.int64))
+        TokenStore(np.zeros(0, np.uint16), np.zeros(1, np.int64), np.zeros(0, np.int64))
 
 
 # ------------------------------------------------------------------ packing
@@ -133,14 +135,15 @@ def test_a_store_without_documents_is_refused():
 def numbered(lengths) -> TokenStore:
     """Documents of these lengths whose tokens are 0, 1, 2, ..."""
     bounds = np.cumsum([0, *lengths])
-    return TokenStore(np.arange(bounds[-1], dtype=np.uint32), bounds.astype(np.int64))
+    answers = np.zeros(len(bounds) - 1, np.int64)
+    return TokenStore(np.arange(bounds[-1], dtype=np.uint32), bounds.astype(np.int64), answers)
 
 
 def check_rows(rows: Batch, store: TokenStore, epochs: int = 1):
     """Rows of whole epochs of a numbered store: all that the class docstring promises."""
     seen: collections.Counter = collections.Counter()
     starts, ends = set(store.offsets[:-1].tolist()), set(store.offsets[1:].tolist())
-    for tokens, segments, positions in zip(*rows, strict=True):
+    for tokens, segments, positions in zip(*rows[:3], strict=True):
         used = int((segments > 0).sum())
         assert np.all(segments[:used] > 0), "padding before tokens"
         assert not tokens[used:].any() and not positions[used:].any()
@@ -162,7 +165,7 @@ def check_rows(rows: Batch, store: TokenStore, epochs: int = 1):
 
 
 def stack(batches) -> Batch:
-    return Batch(*(np.concatenate(arrays) for arrays in zip(*batches, strict=True)))
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *batches)
 
 
 def equal(a: Batch, b: Batch) -> bool:
@@ -183,7 +186,7 @@ def test_each_token_once_per_epoch(lengths, seq_len, batch_size, seed, shuffle):
     n = data.rows_per_epoch
     assert not rows.segment_ids[3 * n :].any()
     for epoch in range(3):  # the borders lie between rows, wherever they fall in a batch
-        check_rows(Batch(*(a[epoch * n : (epoch + 1) * n] for a in rows)), store)
+        check_rows(jax.tree.map(lambda a, e=epoch: a[e * n : (e + 1) * n], rows), store)
     assert int((rows.segment_ids[:n] == 0).sum()) == n * seq_len - store.n_tokens
 
 
@@ -214,7 +217,7 @@ def test_a_batch_depends_on_its_step_alone(lengths, seq_len, batch_size, steps):
     for step in steps:
         fresh = PackedDataset(store, seq_len=seq_len, batch_size=batch_size, seed=7)
         assert equal(kept.batch(step), fresh.batch(step))
-    assert all(a.dtype == np.int32 and a.shape == (batch_size, seq_len) for a in kept.batch(0))
+    assert all(a.dtype == np.int32 and a.shape == (batch_size, seq_len) for a in kept.batch(0)[:3])
 
 
 def test_order_differs_by_seed_and_epoch_and_never_changes():
@@ -277,7 +280,7 @@ def plant_running_positions(rows):
 
 
 def plant_repeat(rows):
-    for array in rows:
+    for array in rows[:3]:
         array[1] = array[0]
 
 
@@ -314,47 +317,59 @@ def small_dataset(**arguments):
     return PackedDataset(numbered([5, 9, 3, 7]), seq_len=4, batch_size=2, **arguments)
 
 
-def prefetch_threads():
-    return [t for t in threading.enumerate() if t.name == "prefetch"]
-
-
-def test_prefetcher_gives_the_batches_in_order():
+def test_read_ahead_gives_the_batches_in_order():
     data = small_dataset()
-    with Prefetcher(data, start=3, stop=9, transform=lambda b: b.tokens) as batches:
-        got = list(batches)
-        assert list(batches) == []  # and stays at its end
-    assert [step for step, _ in got] == list(range(3, 9))
-    assert all(np.array_equal(tokens, data.batch(step).tokens) for step, tokens in got)
-    assert not prefetch_threads()
+    got = list(read_ahead(data, start=3, stop=9, place=lambda b: b.tokens))
+    assert len(got) == 6
+    for step, tokens in enumerate(got, start=3):
+        np.testing.assert_array_equal(tokens, data.batch(step).tokens)
 
 
-def test_prefetcher_stops_at_the_end_of_the_epochs():
-    data = small_dataset(epochs=1)
-    with Prefetcher(data) as batches:
-        assert [step for step, _ in batches] == list(range(data.n_steps or 0))
-
-
-def test_prefetcher_is_bounded_and_closes_while_full():
+def test_read_ahead_is_bounded():
     made = []
-    batches = Prefetcher(small_dataset(), depth=2, transform=made.append)
-    assert next(batches) == (0, None)
-    time.sleep(0.1)
-    assert len(made) <= 4  # one taken, two waiting, one in hand
-    batches.close()
-    assert not prefetch_threads() and list(batches) == []
-    batches.close()
 
-
-def test_prefetcher_raises_what_its_thread_met():
-    def transform(batch):
-        if len(seen) == 2:
-            raise RuntimeError("no room on the device")
-        seen.append(1)
+    def place(batch):
+        made.append(batch)
         return batch
 
-    seen: list[int] = []
-    with Prefetcher(small_dataset(), transform=transform) as batches:
-        assert [next(batches)[0], next(batches)[0]] == [0, 1]
-        with pytest.raises(RuntimeError, match="no room"):
-            next(batches)
-        assert list(batches) == []
+    batches = read_ahead(small_dataset(), start=0, stop=100, place=place, depth=2)
+    next(batches)
+    time.sleep(0.1)
+    assert len(made) <= 5  # one taken, two waiting, two in hand
+
+
+def test_read_ahead_raises_what_its_thread_met():
+    def place(batch):
+        if np.array_equal(batch.tokens, third.tokens):
+            raise RuntimeError("no room on the device")
+        return batch
+
+    data = small_dataset()
+    third = data.batch(2)
+    batches = read_ahead(data, start=0, stop=9, place=place)
+    next(batches), next(batches)
+    with pytest.raises(RuntimeError, match="no room"):
+        next(batches)
+
+
+def test_answers_alone_count_wherever_a_row_cuts_the_conversation(tmp_path):
+    rows = [{"question": f"q{i} " * 9, "answer": f"a{i} " * 9} for i in range(4)]
+    path = write_lines(tmp_path / "chat.jsonl", *rows, {"text": "plain " * 20})
+    store = build_store([path], tiny, tmp_path / "cache", progress=False)
+    documents = list(zip(store.offsets[:-1], store.answers, store.offsets[1:], strict=True))
+    for begin, answer, end in documents:
+        whole = store.tokens[begin:end]
+        if not answer:
+            assert "plain" in tiny.decode(whole.tolist())
+            continue
+        assert tiny.decode(whole[:answer].tolist()).endswith((ASSISTANT, ASSISTANT + END_THINK))
+        assert tiny.decode(whole[answer:].tolist()).startswith("a")
+    data = PackedDataset(store, seq_len=7, batch_size=5, seed=1, epochs=1, answers_only=True)
+    counts = {}
+    for step in range(data.n_steps):
+        batch = data.batch(step)
+        assert batch.scored is not None
+        for tokens, scored in zip(batch.tokens.reshape(-1), batch.scored.reshape(-1), strict=True):
+            counts.setdefault(int(scored), []).append(int(tokens))
+    assert len(counts[1]) == sum(int(e - b - a) for b, a, e in documents)
+    assert PackedDataset(store, seq_len=7, batch_size=5).batch(0).scored is None

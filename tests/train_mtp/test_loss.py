@@ -87,7 +87,8 @@ def test_sums_equal_numpy(stub):
 def test_comparison_sees_a_planted_mistake(stub, monkeypatch, name):
     right = loss.labels_at
 
-    def wrong(depth, tokens, segment_ids):
+    def wrong(depth, tokens, segment_ids, scored):
+        assert scored is None
         if name == "late":
             return right(depth + 1, tokens, segment_ids)
         if name == "early":
@@ -144,7 +145,7 @@ def test_total_is_v3s_formula_with_each_depth_over_its_own_count(stub):
 
 
 def test_batch_of_padding_gives_zero_not_nan(stub):
-    sums = stub(Batch(*(np.zeros_like(a) for a in BATCH)))
+    sums = stub(jax.tree.map(np.zeros_like, BATCH))
     assert sums.tokens.tolist() == [0, 0, 0]
     assert float(loss.total_loss(sums, mtp_weight=0.3, z_loss=0.1)) == 0
 

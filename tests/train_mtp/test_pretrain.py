@@ -20,16 +20,18 @@ import pytest
 
 from dskjax.checkpoint import load_hf
 from dskjax.checkpoint.store import Store
+from dskjax.documents import Document
+from dskjax.evaluation import documents_by_kind
 from dskjax.tokenizer import Tokenizer
 from tests.train_mtp import toy
 from train_mtp import evaluation, loop, pretrain
-from train_mtp.config import PretrainConfig, differences
+from train_mtp.config import PretrainConfig
 from train_mtp.data import PackedDataset
-from train_mtp.documents import Document
 from train_mtp.loss import LossSums
 from train_mtp.metrics import CLOCK, METRICS, MetricsLog, read_metrics, without_clock
 from train_mtp.plot import plot_runs
-from train_mtp.step import abstract_state
+from train_mtp.runs import differences
+from train_mtp.state import abstract_state
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -300,18 +302,6 @@ def test_log_drops_what_a_resumed_run_will_write_again(tmp_path):
 # ------------------------------------------------------------------ evaluation
 
 
-def test_windows_predict_every_token_but_the_first_exactly_once():
-    documents = [np.arange(n) + 1000 * i for i, n in enumerate((1, 2, 7, 8, 9, 15, 16, 40))]
-    for seq_len in (2, 3, 8, 64):
-        pieces = list(evaluation.windows(documents, seq_len))
-        assert max(map(len, pieces)) <= seq_len
-        predicted = sorted(int(t) for piece in pieces for t in piece[1:])
-        assert predicted == sorted(int(t) for ids in documents for t in ids[1:])
-        rows = list(evaluation.pack(pieces, seq_len))
-        assert [list(p) for row in rows for p in row] == [list(p) for p in pieces]
-        assert all(sum(map(len, row)) <= seq_len for row in rows)
-
-
 def test_bits_per_byte_counts_eos_and_bytes_of_text(folder, monkeypatch):
     """A model that spends one bit a token: bits per byte is tokens over bytes."""
     tokenizer = Tokenizer.load(TOKENIZER)
@@ -355,7 +345,7 @@ def test_kinds_come_from_names_or_from_the_index(folder):
     path, index = folder / "valid.txt", folder / "docs.jsonl"
     group = lambda *paths, **given: {  # noqa: E731
         kind: len(found)
-        for kind, found in evaluation.documents_by_kind(paths, tokenizer=tokenizer, **given).items()
+        for kind, found in documents_by_kind(paths, tokenizer=tokenizer, **given).items()
     }
     assert group(path) == {"valid": 2}
     assert group(f"mine={path}", path) == {"mine": 2, "valid": 2}

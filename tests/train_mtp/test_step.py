@@ -13,13 +13,11 @@ from dskjax.model import param_specs
 from dskjax.params import named_leaves
 from tests.train_mtp import toy
 from train_mtp import optim
+from train_mtp.state import TrainState, abstract_state, state_shardings
 from train_mtp.step import (
-    TrainState,
-    abstract_state,
     eval_step,
     init_state,
     place_batch,
-    state_shardings,
     train_step,
 )
 
@@ -72,7 +70,7 @@ def first(quick_compiler):
     """State before and after the first step, and its metrics, on the host."""
     state = start()
     before = copy(state)
-    state, metrics = train_step(state, place_batch(BATCH, RECIPE), recipe=RECIPE)
+    state, metrics = train_step(state, place_batch(BATCH, RECIPE.sharding), recipe=RECIPE)
     return before, copy(state), copy(metrics)
 
 
@@ -104,7 +102,7 @@ def test_every_weight_gets_a_gradient_in_every_layer_but_the_router_bias(first):
 
 def test_router_bias_follows_the_load_and_nothing_else(first):
     before, after, _ = first
-    sums = eval_step(start().params, place_batch(BATCH, RECIPE), recipe=RECIPE)
+    sums = eval_step(start().params, place_batch(BATCH, RECIPE.sharding), recipe=RECIPE)
     loads = np.concatenate([sums.loads["moe_layers"], sums.loads["mtp_layers"]])
     rate = np.float32(RECIPE.bias_update_rate)
     expected = np.sign(loads.mean(axis=1, keepdims=True) - loads) * rate
@@ -162,7 +160,7 @@ def test_schedule_warms_up_and_ends_at_the_floor():
 
 def test_toy_is_learned():
     state = start()
-    batch = place_batch(BATCH, RECIPE)
+    batch = place_batch(BATCH, RECIPE.sharding)
     for _ in range(30):
         state, metrics = train_step(state, batch, recipe=RECIPE)
     assert metrics["loss"] < 0.5 and metrics["mtp_loss"][0] < 1.0, metrics
@@ -172,7 +170,7 @@ def test_toy_is_learned():
 def test_bfloat16_step_is_near_the_fp32_one(first):
     _, _, expected = first
     recipe = toy.recipe(precision="bfloat16", remat="dots_saveable")
-    state, metrics = train_step(start(recipe), place_batch(BATCH, recipe), recipe=recipe)
+    state, metrics = train_step(start(recipe), place_batch(BATCH, recipe.sharding), recipe=recipe)
     # bf16 has 8 bits, and a token now and then goes to another expert.
     np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-2)
     np.testing.assert_allclose(metrics["mtp_loss"], expected["mtp_loss"], rtol=1e-2)
@@ -204,7 +202,7 @@ def test_sharded_step_equals_the_unsharded_one(first, name):
     state = start(recipe)
     split = [leaf for leaf in jax.tree.leaves(state) if not leaf.sharding.is_fully_replicated]
     assert bool(split) == (name != "data")
-    state, metrics = train_step(state, place_batch(BATCH, recipe), recipe=recipe)
+    state, metrics = train_step(state, place_batch(BATCH, recipe.sharding), recipe=recipe)
     for leaf, where in zip(
         jax.tree.leaves(state), jax.tree.leaves(state_shardings(recipe)), strict=True
     ):

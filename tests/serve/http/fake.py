@@ -74,6 +74,9 @@ class FakeService:
             if self.refusal is not None:
                 raise self.refusal
             count = min(self.length, options.stop.max_tokens)
+            if not count:
+                for index in range(options.n):
+                    yield self._nothing(prompt, options, index)
             for step in range(count):
                 await asyncio.sleep(self.delay)
                 if step == self.at:
@@ -95,15 +98,41 @@ class FakeService:
         last = step == count - 1
         inside = options.thinking and options.split_reasoning and step < 2
         finish = FinishReason.STOP if count == self.length else FinishReason.LENGTH
+        text = "" if inside else word
+        logprobs = self._logprobs(word, options.sampling.logprobs)
+        if not step:
+            text = self._prompt(prompt, options) + text
+            logprobs = [*(self._front(prompt, options) or ()), *(logprobs or ())] or None
         return Output(
             index=index,
-            text="" if inside else word,
+            text=text,
             reasoning=word if inside else "",
             token_ids=[100 + step],
-            logprobs=self._logprobs(word, options.sampling.logprobs),
+            logprobs=logprobs,
             finish=finish if last else None,
             usage=self._usage(prompt, options, count) if last else None,
         )
+
+    def _nothing(self, prompt, options, index):
+        return Output(
+            index=index,
+            text=self._prompt(prompt, options),
+            logprobs=self._front(prompt, options),
+            finish=FinishReason.LENGTH,
+            usage=self._usage(prompt, options, 0),
+        )
+
+    def _prompt(self, prompt, options):
+        skip = not options.echo_special
+        return self.tokenizer.decode(prompt, skip_special=skip) if options.echo else ""
+
+    def _front(self, prompt, options):
+        """Of an echoed prompt: the word of each token, which -1 for the first but none."""
+        if options.sampling.prompt_logprobs is None:
+            return None
+        words = [self.tokenizer.decode([token]) for token in prompt]
+        found = [OutputLogprob(TextLogprob(words[0], [], None), [])]
+        return found + [OutputLogprob(TextLogprob(word, [], -1.0), []) for word in words[1:]]
 
     def _usage(self, prompt, options, count):
         return Usage(

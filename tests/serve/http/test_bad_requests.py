@@ -127,8 +127,10 @@ COMPLETION_TABLE = [
     ({"accept": {"name": "typical", "top_n": 1}}, "accept", "typical"),
     ({"accept": {"eps": 0.1}}, "accept", "give a rule"),
     ({"accept": 5}, "accept", "give a rule"),
-    ({"echo": True}, "echo", "not supported"),
-    ({"echo": 0}, "echo", "not supported"),
+    ({"echo": 0}, "echo", "valid boolean"),
+    ({"echo": True, "max_tokens": -1}, "max_tokens", "use 0 or more"),
+    ({"echo": True, "max_tokens": 0, "prompt": [5] * 257}, "prompt", "257 tokens, which with max"),
+    ({"echo": True, "logprobs": 6}, "logprobs", "less than or equal to 5"),
     ({"suffix": "x"}, "suffix", "not supported"),
     ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
     ({"prompt_logprobs": 1}, "prompt_logprobs", "unknown"),
@@ -181,6 +183,8 @@ CHAT_TABLE = [
     ({"reasoning_effort": "high"}, "reasoning_effort", "chat_template_kwargs"),
     ({"web_search_options": {}}, "web_search_options", "not supported"),
     ({"best_of": 1}, "best_of", "unknown"),
+    ({"echo": True}, "echo", "not supported"),
+    ({"echo": 0}, "echo", "not supported"),
     ({"n": 17}, "n", "at most 16"),
 ]
 

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dskjax import documents
+from dskjax.documents import iter_documents, iter_records, list_files
 from dskjax.tokenizer import ASSISTANT, BOS, END_THINK, EOS, THINK, USER, Tokenizer
-from train_mtp import documents
-from train_mtp.documents import iter_documents, iter_records, list_files
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 TINY = ROOT / "examples" / "tiny-deepseek"
 tiny = Tokenizer.load(TINY)
 

@@ -1,7 +1,8 @@
-"""Reads text for training: files and folders in, one `Document` after another out.
+"""Reads text: files and folders in, one `Document` after another out.
 
     .txt, .txt.xz      one document, or several, each ended by "\\x1e\\n" (ASCII record separator)
-    .jsonl, .jsonl.xz  one a line: {"text"}, {"question", "thinking", "answer"} or {"messages"}
+    .jsonl, .jsonl.xz  one a line: {"text"}, {"question", "thinking", "answer"} or {"messages"},
+                       each with a "kind" if it has one
     a folder           every such file under it, in sorted order
 
 Conversations are rendered through the checkpoint's chat template. Every complaint names the file,
@@ -11,6 +12,7 @@ the line or byte, and what was expected there.
 import dataclasses
 import json
 import lzma
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,11 +33,15 @@ class Document:
         source: where it came from, for messages.
         rendered: True if the text came out of a chat template, so that the special tokens spelled
             in it are meant; in any other text they are ordinary characters.
+        kind: kind of text, where the file says so.
+        prompt: characters in front that a conversation's last answer replies to; 0 in plain text.
     """
 
     text: str
     source: str
     rendered: bool = False
+    kind: str | None = None
+    prompt: int = 0
 
 
 def list_files(paths: Sequence[str | Path]) -> list[Path]:
@@ -54,7 +60,7 @@ def list_files(paths: Sequence[str | Path]) -> list[Path]:
         else:
             files.append(path)
     if not files:
-        raise ValueError("no training text: the list of files and folders is empty")
+        raise ValueError("no text: the list of files and folders is empty")
     return files
 
 
@@ -83,9 +89,7 @@ def iter_documents(
             empty = False
             yield document
     if empty:
-        raise ValueError(
-            f"no training text: all documents are blank in {', '.join(map(str, files))}"
-        )
+        raise ValueError(f"no text: all documents are blank in {', '.join(map(str, files))}")
 
 
 def iter_file(
@@ -125,13 +129,19 @@ def iter_records(
         yield number, row
 
 
-def render_conversation(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> str:
+def render_conversation(
+    messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer
+) -> tuple[str, str]:
     """A conversation as the model should have written it: the last answer keeps its thinking.
 
     That thinking is the message's `reasoning_content`, or what precedes `</think>` in its content.
+
+    Returns:
+        What the last answer replies to, as it is served, and that answer; the former is empty if
+        the last message is not the assistant's.
     """
     if not messages or messages[-1].get("role") != "assistant":
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=False)
+        return "", tokenizer.apply_chat_template(messages, add_generation_prompt=False)
     last = messages[-1]
     answer, thinking = last.get("content"), last.get("reasoning_content")
     if not isinstance(answer, str):
@@ -139,42 +149,65 @@ def render_conversation(messages: Sequence[Mapping[str, Any]], tokenizer: Tokeni
     if thinking is None and END_THINK in answer:
         thinking, answer = answer.split(END_THINK, 1)
         thinking = thinking.removeprefix(THINK)
-    if thinking is None or len(messages) == 1:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=False)
+    if len(messages) == 1:
+        return "", tokenizer.apply_chat_template(messages, add_generation_prompt=False)
+    if thinking is None:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=False)
+        served = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)
+        prompt = os.path.commonprefix([text, served])  # a template may ask for thinking there
+        return prompt, text[len(prompt) :]
     prompt = tokenizer.apply_chat_template(messages[:-1], thinking=True)
     if not prompt.rstrip().endswith(THINK):  # the template leaves the tag to the model
         prompt += THINK
-    return f"{prompt}{thinking}{END_THINK}{answer}"
+    return prompt, f"{thinking}{END_THINK}{answer}"
 
 
 def _from_record(row: Mapping[str, Any], where: str, tokenizer: Tokenizer | None) -> Document:
     if "text" in row:
-        return Document(_field(row, "text", where), where)
+        return Document(text_field(row, "text", where), where, kind=_kind(row, where))
+    if "completion" in row:
+        prompt, completion = (text_field(row, name, where) for name in ("prompt", "completion"))
+        return Document(prompt + completion, where, kind=_kind(row, where), prompt=len(prompt))
     if "messages" in row:
         messages = row["messages"]
         if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
             raise ValueError(f"{where}: messages must be a list of objects")
     elif "question" in row and "answer" in row:
-        answer = {"role": "assistant", "content": _field(row, "answer", where)}
+        reply = {"role": "assistant", "content": text_field(row, "answer", where)}
         if row.get("thinking") is not None:
-            answer["reasoning_content"] = _field(row, "thinking", where)
-        messages = [{"role": "user", "content": _field(row, "question", where)}, answer]
+            reply["reasoning_content"] = text_field(row, "thinking", where)
+        messages = [{"role": "user", "content": text_field(row, "question", where)}, reply]
     else:
         raise ValueError(
-            f"{where}: expected the fields text, or question and answer (with thinking), "
-            f"or messages; found {', '.join(sorted(row)) or 'none'}"
+            f"{where}: expected the fields text, or prompt and completion, or question and answer "
+            f"(with thinking), or messages; found {', '.join(sorted(row)) or 'none'}"
         )
     if tokenizer is None:
         raise ValueError(
             f"{where}: a conversation needs a tokenizer with a chat template to render it"
         )
     try:
-        return Document(render_conversation(messages, tokenizer), where, rendered=True)
+        prompt, answer = render_conversation(messages, tokenizer)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+    return Document(
+        prompt + answer, where, rendered=True, kind=_kind(row, where), prompt=len(prompt)
+    )
 
 
-def _field(row: Mapping[str, Any], name: str, where: str) -> str:
+def _kind(row: Mapping[str, Any], where: str) -> str | None:
+    return None if row.get("kind") is None else text_field(row, "kind", where)
+
+
+def text_field(row: Mapping[str, Any], name: str, where: str) -> str:
+    """A field of a record that must be there and hold text.
+
+    Raises:
+        ValueError: it is not; the message begins with `where`.
+    """
+    if name not in row:
+        found = ", ".join(sorted(row)) or "none"
+        raise ValueError(f"{where}: expected a field named {name}; found {found}")
     if not isinstance(row[name], str):
         raise ValueError(f"{where}: {name} must be text, found {type(row[name]).__name__}")
     return row[name]

@@ -1,0 +1,57 @@
+"""What loading costs: memory beside the result, and time against just reading the files.
+
+The figures that count are those of `benchmarks/load_checkpoint.py` on an idle machine, in
+benchmarks/results/load-checkpoint.json.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+IN_FLIGHT = 40_000_000
+"""Bytes: a few pieces of 8 MiB a thread, and what the allocator and JAX keep."""
+
+
+def measure(folder: Path, *options: str) -> dict[str, dict]:
+    """The figures of each kind, made in processes without the run-time type checks of the tests."""
+    run = subprocess.run(
+        [sys.executable, "benchmarks/load_checkpoint.py", "--scratch", str(folder), *options],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    return json.loads(run.stdout)["results"]
+
+
+def check_memory(kinds: dict[str, dict]) -> None:
+    for kind, found in kinds.items():
+        print(kind, found)
+        above = found["peak_anon_above_result_bytes"]
+        assert above < 2 * found["largest_shard_bytes"] + found["largest_tensor_bytes"], kind
+        assert above < IN_FLIGHT, kind
+
+
+def test_memory_beside_the_result_is_a_few_pieces(tmp_path):
+    found = measure(tmp_path, "--mb", "160", "--shards", "4", "--what", "memory")
+    assert all(kind["result_bytes"] > 3 * IN_FLIGHT for kind in found.values())
+    assert {kind["layers"] for kind in found.values()} == {9, 20}
+    check_memory(found)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+def test_two_gigabytes_load_about_as_fast_as_they_are_read(kind, tmp_path):
+    best = float("inf")
+    for _ in range(3):  # the cores may be shared
+        found = measure(tmp_path, "--mb", "2200", "--runs", "5", "--kinds", kind)
+        assert found[kind]["bytes"] > 2e9 and found[kind]["shards"] == 8
+        check_memory(found)
+        best = min(best, found[kind]["ratio"])
+        if best < 1.5:
+            break
+    assert best < 1.5, best
