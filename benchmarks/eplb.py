@@ -1,9 +1,10 @@
 """Expert placement: how even DeepSeek's plans and ours are, what they cost, what replanning moves.
 
 Loads are Zipf in random order, every layer another. "even" rows compare plans for known loads, and
-say what a step of 4,096 tokens with 8 experts each, drawn from those loads, finds ("step"). "drift"
-rows plan for loads, change each by a factor exp(by * normal) (by = null: new loads), and count the
-slots that change. Times are of one call for all layers, on one thread.
+say what a step of 4,096 tokens with 8 experts each finds ("step"): drawn from those loads, one by
+one, so a token may draw an expert twice. "drift" rows plan for loads, change each by a factor
+exp(by * normal) (by = null: new loads), and count the slots that change. Times are of one call for
+all layers, on one thread.
 
 python benchmarks/eplb.py --out benchmarks/results/eplb.json
 """
@@ -176,7 +177,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
     ticks = (1, 1.2, 1.5, 2, 3, 5, 8, 12)
     left.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     left.minorticks_off()
-    left.legend(fontsize="small")
+    left.set_ylim(0.9, 80)  # room for the legend
+    left.legend(fontsize="small", ncols=2)
     for policy, line in ((Policy.GLOBAL_REFINED, "-"), (Policy.HIERARCHICAL_REFINED, "--")):
         rows = [row for row in result["drift"] if row["policy"] == policy]
         kind = policy.removesuffix("_refined")

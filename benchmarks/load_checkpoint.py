@@ -6,8 +6,7 @@ Writes checkpoints of random values (bf16; fp8 with 128x128 block scales), sever
 measures every one in processes of their own. Time: `load_hf` as stored, and in turn with it one
 thread that reads the same files by preadv into one reused buffer; the page cache is warm. Memory:
 the largest RssAnon while loading, beyond what the process had before and what the result takes.
-Where other work runs, `chrt --fifo 5` before the command makes it wait; "realtime" in the result
-says so.
+Where other work runs, `--realtime` makes it wait while times are taken.
 """
 
 import argparse
@@ -58,6 +57,7 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=8)
     parser.add_argument("--runs", type=int, default=9)
     parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument("--realtime", action="store_true", help="needs root")
     parser.add_argument("--what", nargs="*", default=["time", "memory"])
     parser.add_argument("--scratch", type=Path, help="where to write; default: a temporary folder")
     parser.add_argument("--out", type=Path)
@@ -65,6 +65,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.child:
         kind, what = args.child
+        if args.realtime:
+            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(5))
         measure = {"time": functools.partial(time_loads, runs=args.runs), "memory": peak_memory}
         print(json.dumps(measure[what](args.scratch, options_of(kind))))
         return
@@ -75,7 +77,8 @@ def main() -> None:
             made = make(Path(folder), KINDS[kind]["name"] == "fp8", size, args.shards)
             results[kind] = made
             for what in args.what:
-                results[kind] |= in_child(folder, kind, what, args.runs)
+                options = ["--realtime"] if args.realtime and what == "time" else []
+                results[kind] |= in_child(folder, kind, what, ["--runs", str(args.runs), *options])
         print(kind, json.dumps(results[kind]), file=sys.stderr)
     report = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -83,6 +86,7 @@ def main() -> None:
         "commit": source_commit(),
         "versions": versions(),
         "runs": args.runs,
+        "realtime": args.realtime,
         "results": results,
     }
     text = json.dumps(report, indent=2)
@@ -101,10 +105,10 @@ def options_of(kind: str) -> dict[str, Any]:
     return options
 
 
-def in_child(folder: str, kind: str, what: str, runs: int) -> dict[str, Any]:
+def in_child(folder: str, kind: str, what: str, options: list[str]) -> dict[str, Any]:
     """One measurement, in a process that has done nothing else."""
-    command = [sys.executable, __file__, "--child", kind, what, "--scratch", folder]
-    run = subprocess.run([*command, "--runs", str(runs)], stdout=subprocess.PIPE, check=True)
+    command = [sys.executable, __file__, "--child", kind, what, "--scratch", folder, *options]
+    run = subprocess.run(command, stdout=subprocess.PIPE, check=True)
     return json.loads(run.stdout)
 
 
@@ -209,7 +213,6 @@ def time_loads(folder: Path, options: dict[str, Any], runs: int) -> dict[str, An
         "plain_read_s": spread(plain),
         "plain_read_gb_s": total / statistics.median(plain) / 1e9,
         "ratio": statistics.median(load) / statistics.median(plain),
-        "realtime": os.sched_getscheduler(0) != os.SCHED_OTHER,  # then other work waits meanwhile
     }
 
 

@@ -46,6 +46,8 @@ class Block(abc.ABC):
     the number of the partial in front. The rest is shared memory, see `scratch`.
     """
 
+    name: str
+    """Of the format."""
     slots: int
     """Tiles of the ring."""
     dtype: Any

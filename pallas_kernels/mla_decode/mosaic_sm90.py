@@ -1,5 +1,6 @@
 """`mla_decode` for Hopper (H100, H200): how it is launched, and the bf16 cache."""
 
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +27,7 @@ from pallas_kernels.select import count_sms
 class Bf16Block(Block):
     """Tiles are used as they come: who has done the products of a step loads step + 2 there."""
 
+    name = "bf16"
     slots = 3
     dtype = jnp.bfloat16
 
@@ -100,22 +102,37 @@ def mla_decode(
         tiles=tiles or Tiles(),
         interpret=interpret,
     )
-    out, lse, parts = _attend(g, q_latent, q_rope, cache, layer, plan)
-    out, lse = combine(g, out, lse, *parts, plan.work.splits)
+    return _run(q_latent, q_rope, cache, jnp.asarray(layer, jnp.int32), plan, g)
+
+
+# A jit of its own, so that all layers of an unrolled model call one function: otherwise the kernel
+# is compiled for each of them.
+@functools.partial(jax.jit, static_argnums=5)
+def _run(
+    q_latent: jax.Array,
+    q_rope: jax.Array,
+    cache: LatentCache,
+    layer: jax.Array,
+    plan: MlaDecodePlan,
+    g: Geometry,
+) -> tuple[jax.Array, jax.Array]:
+    results = _attend(q_latent, q_rope, cache, layer, plan, g)
+    assert plan.work is not None
+    out, lse = combine(g, *results, plan.work.splits)
     lse = lse.reshape(-1, g.parts * TILE)[:, : g.rows]
     return out.reshape(q_latent.shape), lse.reshape(q_latent.shape[:2])
 
 
 def _attend(
-    g: Geometry,
     q_latent: jax.Array,
     q_rope: jax.Array,
     cache: LatentCache,
-    layer: Int[Array, ""] | int,
+    layer: jax.Array,
     plan: MlaDecodePlan,
-) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
-    """(out [T H, C], lse [G, parts, 64], the same two for partial results); only what the work
-    list says is written.
+    g: Geometry,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Results as `Block` names them: out [T H, C], lse [G, parts, 64] and the same two for partial
+    results. Only what the work list says is written.
     """
     work, block = plan.work, Bf16Block if cache.scale is None else Fp8Block
     assert work is not None
@@ -125,7 +142,7 @@ def _attend(
         "q_rope": q_rope.reshape(rows, -1),
         "latent_pool": _pages(cache.latent),
         "rope_pool": _pages(cache.rope),
-        "layer": jnp.asarray(layer, jnp.int32)[None],
+        "layer": layer[None],
         "visible": plan.visible,
         "workers": work.workers,
         "items": work.items,
@@ -156,12 +173,11 @@ def _attend(
         grid_names=("worker", "part"),
         num_threads=3,
         thread_name="warpgroup",
-        kernel_name=f"mla_decode_{block.dtype.__name__}",
+        kernel_name=f"mla_decode_{block.name}",
         compiler_params=hopper.compiler_params(auto_barriers=g.tiles.auto_barriers),
         interpret=g.interpret,
     )
-    out, lse, *parts = kernel(*operands.values())
-    return out, lse, tuple(parts)
+    return tuple(kernel(*operands.values()))
 
 
 def _pages(pool: jax.Array) -> jax.Array:

@@ -35,6 +35,7 @@ class Fp8Block(Block):
     half for step + 1 before it multiplies in `step`, while warpgroup 0 makes the probabilities.
     """
 
+    name = "fp8"
     slots = 2
     dtype = jnp.float16
     value_scale = RANGE

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 
@@ -75,8 +76,6 @@ def params(
 
 def same(found: Any, expected: Any) -> None:
     """Fails, naming the leaf, unless both have the same structure, dtypes, shapes and bits."""
-    import jax
-
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True

@@ -2,6 +2,7 @@
 and every implementation as a function of the op's arguments, the Hopper kernel interpreted.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -41,17 +42,19 @@ def skip_unsupported(args):
         pytest.skip(reason)
 
 
-def interpreted(sms=SMS, change=lambda plan: plan, **options):
-    """The Hopper kernel in the interpreter. `change` edits the plan, for planted bugs."""
+def interpreted(sms=SMS, see=None, **options):
+    """The Hopper kernel in the interpreter. `see` edits what the rows see, for planted bugs."""
     from pallas_kernels.mla_decode import mosaic_sm90
 
     def op(*, plan, cached_lens, query_starts, scale, **args):
-        q_latent, table = args["q_latent"], args["page_table"]
         skip_unsupported(args)
+        q_latent, table = args["q_latent"], args["page_table"]
         plan = plan or plan_mla_decode(cached_lens, query_starts, q_latent.shape[0])
-        plan = change(_with_work(plan, table, q_latent.shape[1], sms))
-        options["interpret"] = PARAMETERS
-        return interpret(mosaic_sm90.mla_decode, **args, plan=plan, scale=scale, **options)
+        if see is not None:
+            plan = dataclasses.replace(plan, visible=jnp.asarray(see(np.asarray(plan.visible))))
+        plan = _with_work(plan, table, q_latent.shape[1], sms)
+        keywords = args | options | {"plan": plan, "scale": scale, "interpret": PARAMETERS}
+        return interpret(mosaic_sm90.mla_decode, **keywords)
 
     return op
 
