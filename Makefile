@@ -51,8 +51,8 @@ format: setup
 hooks: setup
 	@$(BIN)/pre-commit install
 
-# Extras per file: lock.txt = dev + serve + train on a CPU, lock-gpu.txt = the same + gpu. Without --upgrade
-# only what pyproject.toml and requirements/constraints.txt force to move moves: make lock UPGRADE=--upgrade
+# Extras per file: lock.txt = dev + serve + train on a CPU, lock-gpu.txt = the same + gpu. Without
+# --upgrade only what pyproject.toml and requirements/constraints.txt force to move moves: make lock UPGRADE=--upgrade
 COMPILE = uv pip compile pyproject.toml --no-config --quiet --universal --python-version 3.12 \
 	--generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" \
 	--constraint requirements/constraints.txt $(UPGRADE) --extra dev --extra serve --extra train

@@ -28,26 +28,6 @@ def on_gpu_only(*_: Any, **__: Any) -> str | None:
     return None if jax.default_backend() == "gpu" else "auto uses the reference on a CPU"
 
 
-H100_SMS = 132
-"""Streaming multiprocessors of an H100 or H200 (SXM)."""
-
-
-def no_hopper() -> str | None:
-    """Why the default device cannot run kernels for Hopper, or None."""
-    if jax.default_backend() != "gpu":
-        return "needs an H100 or H200"
-    device = jax.devices()[0]
-    capability = getattr(device, "compute_capability", None)
-    if capability != "9.0":
-        return f"needs compute capability 9.0 (H100, H200), {device.device_kind} has {capability}"
-    return None
-
-
-def count_sms() -> int:
-    """Streaming multiprocessors of the default device; an H100's where there is no GPU."""
-    return getattr(jax.devices()[0], "core_count", H100_SMS)
-
-
 def anywhere(*_: Any, **__: Any) -> str | None:
     """`supports` of implementations without restrictions."""
     return None
