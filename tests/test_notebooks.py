@@ -59,8 +59,14 @@ def text_of(cell) -> str:
     return "".join(out.text for out in cell.outputs if out.output_type == "stream")
 
 
-def kinds(cell) -> list[tuple[str, set[str]]]:
-    return [(out.output_type, set(out.get("data", ()))) for out in cell.outputs]
+def kinds(cell) -> list[tuple[str, ...]]:
+    """What a cell shows, in order. How many pieces a stream comes in depends on the clock alone."""
+    shown: list[tuple[str, ...]] = []
+    for out in cell.outputs:
+        kind = (out.output_type, out.get("name", ""), *sorted(out.get("data", ())))
+        if kind[0] != "stream" or kind not in shown[-1:]:
+            shown.append(kind)
+    return shown
 
 
 def words(text: str) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from train_mtp.optim import AdamW
-from train_mtp.step import Precision, RematName
+from train_mtp.recipe import Precision, RematName
 
 ShardingName = Literal["replicated", "data", "fsdp", "tensor", "train"]
 

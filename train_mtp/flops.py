@@ -12,7 +12,7 @@ import jax
 
 from dskjax.config import ModelConfig
 from dskjax.roofline import GPUS, parts
-from train_mtp.step import Precision
+from train_mtp.recipe import Precision
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

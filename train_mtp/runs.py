@@ -26,7 +26,8 @@ from train_mtp.data import PackedDataset
 from train_mtp.evaluation import HeldOut, hold_out
 from train_mtp.loop import Plan
 from train_mtp.metrics import METRICS, MetricsLog, Progress
-from train_mtp.state import Trained, TrainState, abstract_state
+from train_mtp.recipe import StepRecipe
+from train_mtp.state import TrainState, abstract_state
 from train_mtp.token_store import TokenStore
 
 RUN = "run.json"
@@ -121,7 +122,7 @@ def begin(
     out: str | Path,
     store: Store,
     identity: Mapping[str, Any],
-    recipe: Trained,
+    recipe: StepRecipe,
     make: Callable[[], TrainState],
 ) -> tuple[TrainState, float]:
     """The state to begin with, and the wall time already spent on it.

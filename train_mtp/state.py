@@ -2,37 +2,15 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dskjax.axes import Sharding
-from dskjax.params import Params
-
-
-@runtime_checkable
-class Trained(Protocol):
-    """What a recipe tells of the weights it trains."""
-
-    @property
-    def sharding(self) -> Sharding | None:
-        """Mesh and rules; None on one device."""
-        ...
-
-    def specs(self) -> Params:
-        """`WeightSpec`s of all weights in the state."""
-        ...
-
-    def split(self, tree: Params) -> tuple[Params, Params]:
-        """(trained by gradients, rest) of a tree shaped like `specs`."""
-        ...
-
-    def transformation(self) -> optax.GradientTransformation:
-        """The optimizer of the trainable part."""
-        ...
+from dskjax.params import Params, abstract
+from train_mtp.recipe import StepRecipe
 
 
 @jax.tree_util.register_dataclass
@@ -51,13 +29,13 @@ class TrainState:
     opt_state: Any
 
 
-def fresh_state(params: Params, recipe: Trained) -> TrainState:
+def fresh_state(params: Params, recipe: StepRecipe) -> TrainState:
     """Step 0 with these weights."""
     moments = recipe.transformation().init(recipe.split(params)[0])
     return TrainState(jnp.zeros((), jnp.int32), params, moments)
 
 
-def make_state(recipe: Trained, make: Callable[..., Params], *args: Any) -> TrainState:
+def make_state(recipe: StepRecipe, make: Callable[..., Params], *args: Any) -> TrainState:
     """Step 0 with the weights that `make(*args)` gives under jit, in place on the devices."""
     build = jax.jit(
         lambda *args: fresh_state(make(*args), recipe), out_shardings=state_shardings(recipe)
@@ -65,18 +43,12 @@ def make_state(recipe: Trained, make: Callable[..., Params], *args: Any) -> Trai
     return build(*args)
 
 
-def _shapes(recipe: Trained) -> TrainState:
-    def weights() -> Params:
-        return jax.tree.map(
-            lambda spec: jnp.zeros(spec.shape, spec.dtype or jnp.float32),
-            recipe.specs(),
-            is_leaf=lambda leaf: hasattr(leaf, "axes"),
-        )
-
-    return jax.eval_shape(lambda: fresh_state(weights(), recipe))
+def _shapes(recipe: StepRecipe) -> TrainState:
+    weights = abstract(recipe.specs(), jnp.float32)
+    return jax.eval_shape(lambda params: fresh_state(params, recipe), weights)
 
 
-def abstract_state(recipe: Trained) -> TrainState:
+def abstract_state(recipe: StepRecipe) -> TrainState:
     """Shapes, dtypes and shardings of the state: what a checkpoint is restored into."""
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
@@ -85,7 +57,7 @@ def abstract_state(recipe: Trained) -> TrainState:
     )
 
 
-def state_shardings(recipe: Trained) -> TrainState:
+def state_shardings(recipe: StepRecipe) -> TrainState:
     """Sharding of each array of the state; moments lie where their weights do."""
     shapes = _shapes(recipe)
     if recipe.sharding is None:

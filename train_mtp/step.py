@@ -3,65 +3,42 @@
     train_step(state, batch, recipe=recipe) -> (state, metrics)     jitted, the state is donated
     eval_step(params, batch, recipe=recipe) -> LossSums
 
-The recipe is static: frozen, hashable, and all that the compiled step depends on beside shapes.
+The recipe is static (`train_mtp.recipe`).
 """
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from dskjax.axes import Sharding
-from dskjax.config import ModelConfig
-from dskjax.model import Remat, init, param_specs
+from dskjax.model import init, param_specs
 from dskjax.params import Params
 from train_mtp import optim
 from train_mtp.data import Batch
 from train_mtp.loss import LossSums, loss_sums, total_loss
+from train_mtp.recipe import StepRecipe
 from train_mtp.state import TrainState, make_state, state_shardings
-
-RematName = Literal["none", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"]
-Precision = Literal["bfloat16", "float32"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """What a step does with a batch.
+class Recipe(StepRecipe):
+    """What a step that trains a whole model does with a batch.
 
     Attributes:
-        cfg: the model.
-        optimizer: how gradients become updates.
         mtp_weight: lambda, weight of the mean MTP loss.
         z_loss: weight of the squared log-sum-exp.
-        bias_update_rate: u of the router bias rule; 0 leaves the biases.
-        precision: compute dtype; master weights and moments are fp32. "float32" also asks for full
-            matmul precision.
-        remat: `jax.checkpoint` policy of each layer; "none" keeps all activations.
-        impl: implementation of every op.
-        sharding: mesh and rules, None on one device.
     """
 
-    cfg: ModelConfig
-    optimizer: optim.AdamW
     mtp_weight: float = 0.3
     z_loss: float = 0.0
-    bias_update_rate: float = 0.001
-    precision: Precision = "bfloat16"
-    remat: RematName = "none"
-    impl: str = "auto"
-    sharding: Sharding | None = None
 
-    @property
-    def policy(self) -> Remat:
-        """The checkpoint policy by name."""
-        return None if self.remat == "none" else getattr(jax.checkpoint_policies, self.remat)
-
-    def matmul_precision(self) -> Any:
-        """Context in which the step is traced."""
-        return jax.default_matmul_precision("highest" if self.precision == "float32" else None)
+    def specs(self) -> Params:
+        """`WeightSpec`s of all weights."""
+        return param_specs(self.cfg)
 
     def loss_sums(self, params: Params, batch: Batch) -> LossSums:
         """Losses of a batch under this recipe."""
@@ -74,18 +51,6 @@ class Recipe:
             remat=self.policy,
             sharding=self.sharding,
         )
-
-    def specs(self) -> Params:
-        """`WeightSpec`s of all weights."""
-        return param_specs(self.cfg)
-
-    def transformation(self) -> optax.GradientTransformation:
-        """The optimizer of the trainable weights."""
-        return self.optimizer.transformation(self.split(self.specs())[0])
-
-    def split(self, tree: Params) -> tuple[Params, Params]:
-        """(trainable part, rest) of a params-shaped tree."""
-        return optim.partition(optim.trainable(self.specs()), tree)
 
 
 def init_state(recipe: Recipe, seed: int) -> TrainState:

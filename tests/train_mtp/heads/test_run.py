@@ -318,3 +318,38 @@ def test_weights_of_the_trunk_may_be_quantised(folder):
     assert "QTensor" in kinds
     before, _ = load_hf(folder / "fp8")
     assert fingerprint(shipped) == fingerprint(before)
+
+
+def test_commands_export_draw_and_evaluate(dskjax, straight, folder):
+    code, _, err = dskjax("train-mtp", "export", straight[0].out, "--out", folder / "by-command")
+    assert code == 0, err
+    code, _, err = dskjax("train-mtp", "plot", straight[0].out, "--out", folder / "by-command.png")
+    assert code == 0 and (folder / "by-command.png").stat().st_size > 10_000
+    asked = ("--prompts", 1, "--prompt-tokens", 4, "--max-tokens", 6, "--drafts", 2)
+    out = folder / "by-command.json"
+    code, _, err = dskjax(
+        *("train-mtp", "evaluate", folder / "by-command", "--text", folder / "valid.txt"),
+        *("--rule", "typical:eps=0.2", *asked, "--json", out, "--dtype", "float32"),
+    )
+    assert code == 0, err
+    found = json.loads(out.read_text())
+    keys = {"accepted_per_drafted", "mean_accepted_length", "per_position", "tokens", "ci95"}
+    assert keys <= set(found) and found["rule"] == "typical:eps=0.2" and found["tokens"] == 6
+
+
+def test_run_command_hands_over_every_option(dskjax, folder, monkeypatch):
+    from train_mtp.heads import run
+
+    seen = []
+    monkeypatch.setattr(run, "train_heads", lambda config: seen.append(config) or Path("there"))
+    code, _, err = dskjax(
+        *("train-mtp", "run", folder / "trunk", "--data", folder / "train.txt", "--out", "o"),
+        *("--layers", 3, "--weights", "shared", "--init", "random", "--kl", 0.5, "--lk", 0.25),
+        *("--no-answers-only", "--accumulate", 2, "--precision", "bfloat16", "--detach"),
+    )
+    assert code == 0 and "exported there" in err, err
+    [config] = seen
+    assert (config.layers, config.weights, config.init) == (3, "shared", "random")
+    assert (config.kl, config.lk, config.ce) == (0.5, 0.25, 0.1)
+    assert (config.accumulate, config.detach, config.answers_only) == (2, True, False)
+    assert config.precision == "bfloat16" and config.trunk == str(folder / "trunk")

@@ -20,6 +20,7 @@ from tests.train_mtp.toy import quick_compiler
 from train_mtp.data import Batch
 from train_mtp.heads import step as step_module
 from train_mtp.heads import sums as sums_module
+from train_mtp.heads.start import first_weights
 from train_mtp.heads.step import accumulated_step, head_step, teach
 from train_mtp.heads.sums import head_metrics, head_sums
 from train_mtp.state import TrainState, abstract_state, state_shardings
@@ -235,17 +236,11 @@ def test_last_copies_the_checkpoints_module_into_every_depth():
 def test_last_falls_back_on_the_trunks_last_layer():
     bare = {name: group for name, group in frozen().items() if name != "mtp_layers"}
     without = dataclasses.replace(TRUNK, mtp=type(TRUNK.mtp)())
-    heads = step_module_start().first_weights(bare, without, recipe(), "last", 0)["mtp_layers"]
+    heads = first_weights(bare, without, recipe(), "last", 0)["mtp_layers"]
     np.testing.assert_array_equal(
         heads["block"]["self_attn"]["o_proj"][1], frozen()["moe_layers"]["self_attn"]["o_proj"][-1]
     )
     assert float(jnp.abs(heads["eh_proj"]).max()) > 0
-
-
-def step_module_start():
-    from train_mtp.heads import start
-
-    return start
 
 
 def test_state_restores_into_what_abstract_state_says():
