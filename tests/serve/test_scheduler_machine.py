@@ -8,7 +8,6 @@ from serve.blocks import BlockManager, Chain
 from serve.planner import Planner
 from serve.request import FinishReason, Request, SamplingOptions, Status
 from serve.residents import Residents
-from serve.results import Results, token_logprobs
 from serve.scheduler import MAX_LAUNCHED
 from serve.slots import SlotTable
 from tests.serve.fake import continuation
@@ -255,15 +254,4 @@ def test_machine_sees_a_scored_prompt_that_is_taken_from_the_cache(monkeypatch):
             return right(self, entry, length)
 
     monkeypatch.setattr(SlotTable, "try_take", try_take)
-    assert_red(Machine, r"\d scores")
-
-
-def test_machine_sees_scores_that_are_told_twice(monkeypatch):
-    def keep(self, result):
-        for chunk, found in result.prompt_logprobs:
-            if chunk.request.status is not Status.FINISHED:
-                known = self._residents.entries[chunk.request.id].prompt_logprobs
-                known += token_logprobs(found, chunk.request.sampling.prompt_logprobs)
-
-    monkeypatch.setattr(Results, "_keep_prompt_logprobs", keep)
     assert_red(Machine, r"\d scores")

@@ -1,6 +1,9 @@
 """Admission, growth, preemption, the end of a request and what it leaves in the cache."""
 
+import pytest
+
 from serve.request import FinishReason, SamplingOptions, Status
+from serve.results import Results, token_logprobs
 from tests.serve.fake import continuation
 from tests.serve.harness import EOS, Harness, long_answer, make_config, make_request, prompt
 
@@ -55,6 +58,34 @@ def test_priority_decides_who_gives_way():
     new = harness.add("new", long_answer(5, 30), 30, priority=0)
     harness.drain()
     assert old.admissions > 1 and new.admissions == 1
+
+
+def scored_prompt_gives_way():
+    """A prompt whose scores are wanted has run in part when the other request takes its pages."""
+    config = make_config(num_pages=10, max_columns=10, reserve_tokens=0, max_prefill_tokens=4)
+    harness = Harness(config)
+    harness.add("first", long_answer(4, 30), 30)
+    sampling = SamplingOptions(prompt_logprobs=0)
+    scored = harness.add("scored", prompt(29, 5), 4, sampling=sampling)
+    harness.drain()
+    harness.check_drained()
+    return scored
+
+
+def test_scores_of_a_prompt_that_runs_again_are_told_once():
+    assert scored_prompt_gives_way().admissions > 1
+
+
+def test_the_harness_sees_scores_that_are_told_twice(monkeypatch):
+    def keep(self, result):
+        for chunk, found in result.prompt_logprobs:
+            if chunk.request.status is not Status.FINISHED:
+                known = self._residents.entries[chunk.request.id].prompt_logprobs
+                known += token_logprobs(found, chunk.request.sampling.prompt_logprobs)
+
+    monkeypatch.setattr(Results, "_keep_prompt_logprobs", keep)
+    with pytest.raises(AssertionError, match=r"\d scores"):
+        scored_prompt_gives_way()
 
 
 def test_results_launched_before_a_preemption_count():
