@@ -15,6 +15,7 @@ LOGICAL_AXES = {
     "layers": "stacked layers",
     "vocab": "vocabulary entries (X)",
     "embed": "hidden size (D)",
+    "expert_embed": "hidden size in the weights of routed experts, which `experts` splits already",
     "heads": "attention heads times their width",
     "latent": "compressed key/value rank (C)",
     "q_latent": "compressed query rank (Q)",

@@ -66,7 +66,12 @@ class MlaConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoeConfig:
-    """Routed and shared experts (DeepSeekMoE; DeepSeek-V3 report, section 2.1.2)."""
+    """Routed and shared experts (DeepSeekMoE; DeepSeek-V3 report, section 2.1.2).
+
+    `num_redundant_experts` is no part of the model and in no `config.json`: so many slots for
+    replicas of experts do the params of this run have beyond one for each expert (see
+    `dskjax.expert_parallel.place`).
+    """
 
     n_routed_experts: int
     n_shared_experts: int
@@ -78,6 +83,7 @@ class MoeConfig:
     scoring_func: ScoringFunc = "sigmoid"
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
+    num_redundant_experts: int = 0
 
     def __post_init__(self) -> None:
         _positive(
@@ -90,6 +96,8 @@ class MoeConfig:
         )
         if self.n_shared_experts < 0:
             raise ValueError(f"{self.n_shared_experts=} must not be negative")
+        if self.num_redundant_experts < 0:
+            raise ValueError(f"{self.num_redundant_experts=} must not be negative")
         if GATES.get(self.topk_method) != self.scoring_func:
             known = ", ".join(f"{method} with {score}" for method, score in GATES.items())
             raise ValueError(
@@ -121,6 +129,11 @@ class MoeConfig:
                 f"{self.n_group=} leaves fewer than 2 experts a group; the group score sums the "
                 "best 2"
             )
+
+    @property
+    def num_slots(self) -> int:
+        """Physical experts: one for each routed expert, and the redundant ones."""
+        return self.n_routed_experts + self.num_redundant_experts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

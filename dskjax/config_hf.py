@@ -359,6 +359,8 @@ def to_hf(cfg: ModelConfig) -> dict[str, Any]:
         rope_scaling = {"type": "yarn", **dataclasses.asdict(cfg.rope.yarn)}
     mla = dataclasses.asdict(cfg.mla)
     mla["mla_norm_eps"] = mla.pop("norm_eps")
+    moe = {"n_routed_experts": None} if cfg.moe is None else dataclasses.asdict(cfg.moe)
+    moe.pop("num_redundant_experts", None)  # of a run, not of the model
     out: dict[str, Any] = {
         "architectures": [_ARCHITECTURES[cfg.model_type]],
         "model_type": cfg.model_type,
@@ -369,7 +371,7 @@ def to_hf(cfg: ModelConfig) -> dict[str, Any]:
         "num_attention_heads": cfg.num_attention_heads,
         "num_key_value_heads": cfg.num_attention_heads,
         **mla,
-        **(dataclasses.asdict(cfg.moe) if cfg.moe is not None else {"n_routed_experts": None}),
+        **moe,
         "first_k_dense_replace": cfg.first_k_dense_replace,
         "moe_layer_freq": 1,
         "num_nextn_predict_layers": cfg.mtp.num_nextn_predict_layers,

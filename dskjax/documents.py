@@ -1,12 +1,13 @@
 """Reads text: files and folders in, one `Document` after another out.
 
     .txt, .txt.xz      one document, or several, each ended by "\\x1e\\n" (ASCII record separator)
-    .jsonl, .jsonl.xz  one a line: {"text"}, {"question", "thinking", "answer"} or {"messages"},
-                       each with a "kind" if it has one
+    .jsonl, .jsonl.xz  one a line: {"text"}, {"prompt", "completion"}, {"messages"} or
+                       {"question", "thinking", "answer"}, each with a "kind" if it has one
+    .parquet           one a row, with such columns (the extra `parquet`)
     a folder           every such file under it, in sorted order
 
 Conversations are rendered through the checkpoint's chat template. Every complaint names the file,
-the line or byte, and what was expected there.
+the line, row or byte, and what was expected there.
 """
 
 import dataclasses
@@ -15,12 +16,16 @@ import lzma
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from dskjax.extras import require
+from dskjax.parquet import iter_rows
 from dskjax.tokenizer import END_THINK, THINK, Tokenizer
 
 SEPARATOR = b"\x1e\n"
-SUFFIXES = (".txt", ".txt.xz", ".jsonl", ".jsonl.xz")
+SUFFIXES = (".txt", ".txt.xz", ".jsonl", ".jsonl.xz", ".parquet")
+FIELDS = frozenset("text prompt completion question thinking answer messages kind task".split())
+"""What records are made of; other columns of a table are not read."""
 _CHUNK = 1 << 20
 
 
@@ -45,7 +50,12 @@ class Document:
 
 
 def list_files(paths: Sequence[str | Path]) -> list[Path]:
-    """The files behind `paths`, folders walked in sorted order; raises if there are none."""
+    """The files behind `paths`, folders walked in sorted order.
+
+    Raises:
+        FileNotFoundError, ValueError: there are none, or one has another ending or needs a package
+            that is not installed.
+    """
     files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
@@ -61,12 +71,17 @@ def list_files(paths: Sequence[str | Path]) -> list[Path]:
             files.append(path)
     if not files:
         raise ValueError("no text: the list of files and folders is empty")
+    for path in files:
+        if form(path) == "parquet":  # says so before work begins on the files in front
+            require("pyarrow", str(path))
     return files
 
 
-def is_jsonl(path: Path) -> bool:
-    """Whether the file holds JSON lines, by its name."""
-    return path.name.endswith((".jsonl", ".jsonl.xz"))
+def form(path: Path) -> Literal["text", "jsonl", "parquet"]:
+    """What the file holds, by its name: documents as they are, or records."""
+    if path.name.endswith(".parquet"):
+        return "parquet"
+    return "jsonl" if path.name.endswith((".jsonl", ".jsonl.xz")) else "text"
 
 
 def iter_documents(
@@ -99,7 +114,7 @@ def iter_file(
 
     `on_read` is told, as the file is read, how many more of its bytes (on disk) have been.
     """
-    if is_jsonl(path):
+    if form(path) != "text":
         for number, row in iter_records(path, on_read=on_read):
             where = f"{path}:{number}"
             document = _from_record(row, where, tokenizer)
@@ -116,7 +131,10 @@ def iter_file(
 def iter_records(
     path: Path, *, on_read: Callable[[int], Any] | None = None
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, object) of a `.jsonl` or `.jsonl.xz` file; blank lines are skipped."""
+    """(line or row number from 1, object) of a file of records; blank lines are skipped."""
+    if form(path) == "parquet":
+        yield from iter_rows(path, FIELDS, on_read=on_read)
+        return
     for number, (offset, raw) in enumerate(_iter_pieces(path, b"\n", on_read), start=1):
         if not raw.strip():
             continue

@@ -5,6 +5,7 @@ given (`Auto`: XLA propagates shardings from the constraints that model code pla
 default has changed before.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,13 +16,21 @@ from dskjax.axes import Rules, Sharding
 
 AXES = ("dp", "ep", "tp")
 
+_WIDTHS = {"heads": "tp", "mlp": "tp", "vocab": "tp"}
 _RULES = {
     "replicated": Rules.make({}),
     "data": Rules.make({"batch": ("dp", "ep")}),
-    "fsdp": Rules.make({"batch": ("dp", "ep"), "embed": ("dp", "ep")}),
-    "tensor": Rules.make({"batch": ("dp", "ep"), "heads": "tp", "mlp": "tp", "vocab": "tp"}),
+    "fsdp": Rules.make(
+        {"batch": ("dp", "ep"), "embed": ("dp", "ep"), "expert_embed": ("dp", "ep")}
+    ),
+    "tensor": Rules.make({"batch": ("dp", "ep")} | _WIDTHS),
     "train": Rules.make(
-        {"batch": ("dp", "ep"), "embed": ("dp", "ep"), "heads": "tp", "mlp": "tp", "vocab": "tp"}
+        {"batch": ("dp", "ep"), "embed": ("dp", "ep"), "experts": "ep", "expert_embed": "dp"}
+        | _WIDTHS
+    ),
+    "decode": Rules.make({"batch": ("dp", "ep"), "experts": "ep"} | _WIDTHS),
+    "prefill": Rules.make(
+        {"heads": ("ep", "tp"), "experts": "ep", "mlp": "tp", "vocab": ("ep", "tp")}
     ),
 }
 
@@ -54,7 +63,9 @@ def preset(name: str, mesh: Mesh) -> Sharding:
 
     `replicated`: nothing is split. `data`: the batch. `fsdp`: the batch, and parameters by their
     embed axis, gathered where they are used. `tensor`: heads, MLP widths and vocabulary over tp.
-    `train`: fsdp and tensor together.
+    `train`: fsdp and tensor together, experts over ep. `decode`: every rank of dp and ep has
+    sequences and a cache of its own, experts over ep, widths over tp. `prefill`: all ranks work on
+    the same sequences, heads over ep and tp, experts over ep and each expert's width over tp.
 
     Raises:
         ValueError: unknown name; the message lists the known ones.
@@ -62,6 +73,24 @@ def preset(name: str, mesh: Mesh) -> Sharding:
     if name not in _RULES:
         raise ValueError(f"unknown sharding preset {name!r}; choose one of {', '.join(_RULES)}")
     return Sharding(mesh, _RULES[name])
+
+
+def sharding_of(mesh: str, rules: str) -> Sharding | None:
+    """Mesh and rules by name; None on one device.
+
+    Args:
+        mesh: like "dp=4,tp=2", on the first devices; all devices on dp if empty.
+        rules: name of a preset.
+
+    Raises:
+        ValueError: a mesh that cannot be read or wants more devices than there are; unknown rules.
+    """
+    devices, sizes = jax.devices(), parse_mesh(mesh)
+    if sizes:
+        made = make_mesh(**sizes, devices=devices[: math.prod(sizes.values())])
+    else:
+        made = make_mesh(dp=len(devices))
+    return None if made.size == 1 else preset(rules, made)
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -80,8 +109,3 @@ def parse_mesh(text: str) -> dict[str, int]:
             )
         sizes[axis] = int(size)
     return sizes
-
-
-def expert_ways(text: str) -> int:
-    """How many devices share the experts in a mesh like "dp=2,ep=8"; 1 if it does not say."""
-    return parse_mesh(text).get("ep", 1)

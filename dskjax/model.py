@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from dskjax import attention
 from dskjax.axes import Sharding
 from dskjax.config import ModelConfig
+from dskjax.expert_parallel import Exchange
 from dskjax.layers.block import Block
 from dskjax.layers.norm import RmsNorm
 from dskjax.layers.rope import rope_tables
@@ -62,7 +63,15 @@ def init(
 ) -> Params:
     """Random params of the model; see `dskjax.params.initialise`. Under jit with out_shardings
     nothing is made unsharded.
+
+    Raises:
+        ValueError: the config has redundant experts, whose replicas would differ.
     """
+    if cfg.moe is not None and cfg.moe.num_redundant_experts:
+        raise ValueError(
+            f"num_redundant_experts={cfg.moe.num_redundant_experts}, but replicas are copies: make "
+            "params with 0, then call dskjax.expert_parallel.place.place"
+        )
     return initialise(param_specs(cfg), key, dtype, std)
 
 
@@ -76,7 +85,7 @@ class TrunkOutput(NamedTuple):
 
     Attributes:
         hidden: [B, T, D] after the final norm.
-        experts: int32 [moe layers, B, T, K], chosen experts.
+        experts: int32 [moe layers, B, T, K], chosen experts; -1 for padding.
         layers: [num_hidden_layers, B, T, D] residual stream after each block, or None.
         embedded: [B, T, D] token embeddings.
     """
@@ -162,7 +171,8 @@ def trunk(
         impl: implementation of every op.
         remat: checkpoint policy of each layer for the backward pass.
         capture: also return the residual stream after every block.
-        sharding: mesh and rules that pin the residual stream; None leaves it to XLA.
+        sharding: mesh and rules that pin the residual stream and say how rows meet their experts;
+            None leaves it all to XLA.
     """
     shape = tokens.shape
     if segment_ids is None:
@@ -172,6 +182,7 @@ def trunk(
     plan = sequence_plan(segment_ids, positions)
     tables = rope_tables(positions.reshape(-1), cfg.mla.qk_rope_head_dim, cfg.rope)
     attend = attention.over_sequences(tables, plan, cfg, impl)
+    exchange, real = Exchange.of(sharding), segment_ids.reshape(-1) > 0
 
     def pin(x: jax.Array) -> jax.Array:
         return x if sharding is None else sharding.constrain(x, ("batch", None))
@@ -179,7 +190,8 @@ def trunk(
     def layer(
         x: jax.Array, weights: Params, experts: bool
     ) -> tuple[jax.Array, tuple[jax.Array | None, jax.Array | None]]:
-        x, _, chosen = bind(Block, weights, cfg, experts=experts)(pin(x), attend, impl=impl)
+        block = bind(Block, weights, cfg, experts=experts)
+        x, _, chosen = block(pin(x), attend, real, impl=impl, exchange=exchange)
         return x, (x if capture else None, chosen)
 
     embedded = embed(params, tokens)
@@ -227,6 +239,7 @@ def mtp_chain(
     impl: str = "auto",
     remat: Remat = None,
     detach: bool = False,
+    sharding: Sharding | None = None,
 ) -> MtpOutput:
     """Runs MTP depths 1..`depths` over whole sequences, each fed by the one before (scheme A,
     "chain").
@@ -246,6 +259,7 @@ def mtp_chain(
         impl: implementation of every op.
         remat: checkpoint policy of each module.
         detach: stop the gradient between depths: each trains on its own input only.
+        sharding: mesh and rules; they say how rows meet their experts.
 
     Raises:
         ValueError: more depths than modules.
@@ -262,12 +276,14 @@ def mtp_chain(
         positions = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
     tables = rope_tables(positions.reshape(-1), cfg.mla.qk_rope_head_dim, cfg.rope)
     attend = attention.over_sequences(tables, sequence_plan(segment_ids, positions), cfg, impl)
+    exchange, real = Exchange.of(sharding), segment_ids.reshape(-1) > 0
     out = MtpOutput([], [])
 
     def module(
         weights: Params, embedded: jax.Array, previous: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        h, _, experts = bind(MtpModule, weights, cfg)(embedded, previous, attend, impl=impl)
+        module = bind(MtpModule, weights, cfg)
+        h, _, experts = module(embedded, previous, attend, real, impl=impl, exchange=exchange)
         return h, experts
 
     h = hidden.reshape(-1, cfg.hidden_size)

@@ -11,9 +11,10 @@ want it so.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from dskjax.config import ModelConfig
+from dskjax.expert_parallel import Exchange
 from dskjax.layers.block import Attend, Block
 from dskjax.layers.norm import RmsNorm
 from dskjax.params import Module, weight
@@ -36,8 +37,10 @@ class MtpModule(Module):
         embedded: Float[Array, "T D"],
         hidden: Float[Array, "T D"],
         attend: Attend,
+        real: Bool[Array, " T"] | None = None,
         *,
         impl: str,
+        exchange: Exchange | None = None,
     ) -> tuple[Float[Array, "T D"], object, jax.Array]:
         """Returns h^k (after the module's norm), what `attend` carries on, and the chosen experts
         int32 [T, K].
@@ -45,7 +48,11 @@ class MtpModule(Module):
         with jax.named_scope("mtp"):
             joined = jnp.concatenate([self.enorm(embedded), self.hnorm(hidden)], axis=-1)
             x, carried, experts = self.block(
-                matmul(joined, self.eh_proj[...], impl=impl), attend, impl=impl
+                matmul(joined, self.eh_proj[...], impl=impl),
+                attend,
+                real,
+                impl=impl,
+                exchange=exchange,
             )
             assert experts is not None
             return self.norm(x), carried, experts

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from dskjax import attention
 from dskjax.batch import BatchPlan, RaggedBatch, plan_batch
 from dskjax.config import ModelConfig
+from dskjax.expert_parallel import Exchange
 from dskjax.layers.block import Block
 from dskjax.layers.rope import rope_tables
 from dskjax.model import embed, final_norm
@@ -35,6 +36,7 @@ class _Step:
     plans: tuple[BatchPlan, ...]
     tables: tuple[jax.Array, jax.Array]
     token_ids: jax.Array
+    real: jax.Array
 
 
 def _step(batch: Batch, cache: LatentCache, cfg: ModelConfig) -> _Step:
@@ -42,11 +44,19 @@ def _step(batch: Batch, cache: LatentCache, cfg: ModelConfig) -> _Step:
     plans = tuple(plan_batch(part, cache.page_size) for part in parts)
     positions = jnp.concatenate([plan.positions for plan in plans])
     tables = rope_tables(positions, cfg.mla.qk_rope_head_dim, cfg.rope)
-    return _Step(parts, plans, tables, jnp.concatenate([part.token_ids for part in parts]))
+    token_ids = jnp.concatenate([part.token_ids for part in parts])
+    real = jnp.concatenate([plan.pages for plan in plans]) >= 0
+    return _Step(parts, plans, tables, token_ids, real)
 
 
 def forward(
-    params: Params, cache: LatentCache, batch: Batch, *, cfg: ModelConfig, impl: str = "auto"
+    params: Params,
+    cache: LatentCache,
+    batch: Batch,
+    *,
+    cfg: ModelConfig,
+    impl: str = "auto",
+    exchange: Exchange | None = None,
 ) -> tuple[Float[Array, "T D"], LatentCache]:
     """Runs new tokens through the trunk over the paged cache.
 
@@ -59,7 +69,9 @@ def forward(
         cache.
     """
     layers = (0, cfg.num_hidden_layers)
-    x, cache = forward_layers(params, cache, batch, None, cfg=cfg, layers=layers, impl=impl)
+    x, cache = forward_layers(
+        params, cache, batch, None, cfg=cfg, layers=layers, impl=impl, exchange=exchange
+    )
     return final_norm(params, x, cfg=cfg), cache
 
 
@@ -72,6 +84,7 @@ def forward_layers(
     cfg: ModelConfig,
     layers: tuple[int, int],
     impl: str = "auto",
+    exchange: Exchange | None = None,
 ) -> tuple[Float[Array, "T D"], LatentCache]:
     """Runs new tokens through some of the trunk's layers; `forward` is this over all of them.
 
@@ -86,6 +99,7 @@ def forward_layers(
         cfg: the model.
         layers: half-open range; static.
         impl: implementation of every op.
+        exchange: how rows meet experts that are split over devices.
 
     Returns:
         The residual stream after these layers, and the cache.
@@ -100,7 +114,8 @@ def forward_layers(
     ) -> tuple[Any, None]:
         x, pool = carry
         attend = attention.over_cache(step.tables, pool, index, step.parts, step.plans, cfg, impl)
-        x, pool, _ = bind(Block, weights, cfg, experts=experts)(x, attend, impl=impl)
+        block = bind(Block, weights, cfg, experts=experts)
+        x, pool, _ = block(x, attend, step.real, impl=impl, exchange=exchange)
         return (x, pool), None
 
     carry, first = (embed(params, step.token_ids) if x is None else x, cache), 0
@@ -133,6 +148,7 @@ def forward_mtp(
     cfg: ModelConfig,
     module: Int[Array, ""] | int,
     impl: str = "auto",
+    exchange: Exchange | None = None,
 ) -> tuple[Float[Array, "T D"], LatentCache]:
     """Runs one MTP module over the paged cache, in its own layer of the pool.
 
@@ -148,6 +164,7 @@ def forward_mtp(
         cfg: the model.
         module: index of the module, 0 for the first; static with unstacked weights.
         impl: implementation of every op.
+        exchange: how rows meet experts that are split over devices.
 
     Returns:
         h [T, D] after the module's norm (feed it to `head`, and to the next depth) and the cache.
@@ -160,7 +177,7 @@ def forward_mtp(
         stack[module] if isinstance(stack, tuple) else jax.tree.map(lambda w: w[module], stack)
     )
     h, cache_out, _ = bind(MtpModule, weights, cfg)(
-        embed(params, step.token_ids), hidden, attend, impl=impl
+        embed(params, step.token_ids), hidden, attend, step.real, impl=impl, exchange=exchange
     )
     assert isinstance(cache_out, LatentCache)
     return h, cache_out

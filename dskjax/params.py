@@ -127,8 +127,12 @@ def named_leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
 
 
 def count(specs: Params) -> int:
-    """Number of parameters in a tree of specs."""
-    return sum(math.prod(spec.shape) for _, spec in named_leaves(specs))
+    """Number of parameters in a tree of specs; integers, which are maps, are none."""
+    return sum(
+        math.prod(spec.shape)
+        for _, spec in named_leaves(specs)
+        if jnp.issubdtype(spec.dtype or "float32", jnp.floating)
+    )
 
 
 def nbytes(params: Params) -> int:

@@ -17,7 +17,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dskjax.axes import Sharding
 from dskjax.config import ModelConfig
+from dskjax.expert_parallel import Exchange
 from dskjax.layers.block import Attend
 from dskjax.layers.mla import Mla, Projected, Tables
 from dskjax.layers.rope import rope_tables
@@ -47,6 +49,7 @@ def mtp_recycled(
     impl: str = "auto",
     remat: Remat = None,
     detach: bool = False,
+    sharding: Sharding | None = None,
 ) -> MtpOutput:
     """Runs module 0 `depths` times, each fed by the time before.
 
@@ -65,6 +68,7 @@ def mtp_recycled(
         impl: implementation of every op.
         remat: checkpoint policy of each depth.
         detach: stop the gradient between depths: each trains on its own input only.
+        sharding: see `dskjax.model.mtp_chain`.
 
     Raises:
         ValueError: the model has no module.
@@ -78,12 +82,14 @@ def mtp_recycled(
         positions = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
     plan = sequence_plan(segment_ids, positions)
     weights = jax.tree.map(lambda w: w[0], params["mtp_layers"])
+    exchange, real = Exchange.of(sharding), segment_ids.reshape(-1) > 0
 
     def module(
         embedded: jax.Array, previous: jax.Array, earlier: list[Keys], tables: Tables
     ) -> tuple[jax.Array, Keys, jax.Array]:
         attend = _recycling(tables, plan, earlier, cfg, impl)
-        h, keys, experts = bind(MtpModule, weights, cfg)(embedded, previous, attend, impl=impl)
+        module = bind(MtpModule, weights, cfg)
+        h, keys, experts = module(embedded, previous, attend, real, impl=impl, exchange=exchange)
         assert isinstance(keys, Keys)
         return h, keys, experts
 

@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from dskjax.axes import Sharding
 from dskjax.cache import init_cache
 from dskjax.config import ModelConfig
 from dskjax.decode.rules import ThinkIds
 from dskjax.decode.slots import RowOptions, Slots, init_slots
 from dskjax.decode.step import DecodeConfig
 from dskjax.decode.synthetic import SyntheticAcceptance
+from dskjax.expert_parallel import Exchange
 from dskjax.mesh import make_mesh, preset
 from dskjax.model import param_specs
 from dskjax.params import Params, unstack
@@ -37,18 +39,27 @@ from serve.transfer.transport import KVTransport
 
 
 class Placement(NamedTuple):
-    """Where an engine lives."""
+    """Where an engine lives, and in how many ways it splits its experts."""
 
     name: str
     role: Role
     devices: tuple[Any, ...]
+    ep: int = 1
+
+    @property
+    def split(self) -> Sharding | None:
+        """How the weights are split: all devices work on the same sequences. None on one device."""
+        if len(self.devices) == 1:
+            return None
+        tp = len(self.devices) // self.ep
+        return preset("prefill", make_mesh(ep=self.ep, tp=tp, devices=self.devices))
 
     @property
     def sharding(self) -> Any:
         """Whole copies on every device."""
-        if len(self.devices) == 1:
+        if self.split is None:
             return jax.sharding.SingleDeviceSharding(self.devices[0])
-        return preset("replicated", make_mesh(tp=len(self.devices), devices=self.devices)).of(())
+        return self.split.of(())
 
 
 def place(roles: Sequence[RoleConfig], devices: Sequence[Any]) -> list[Placement]:
@@ -61,14 +72,14 @@ def place(roles: Sequence[RoleConfig], devices: Sequence[Any]) -> list[Placement
     if needed > len(devices):
         raise ValueError(
             f"the roles need {needed} devices and there are {len(devices)}: use fewer engines or "
-            f"smaller tp, or, on a CPU, --cpu-devices {needed}"
+            f"smaller tp or ep, or, on a CPU, --cpu-devices {needed}"
         )
     placements, at = [], 0
     for role in roles:
         for index in range(role.engines):
-            own = tuple(devices[at : at + role.tp])
-            at += role.tp
-            placements.append(Placement(f"{role.role.value}{index}", role.role, own))
+            own = tuple(devices[at : at + role.width])
+            at += role.width
+            placements.append(Placement(f"{role.role.value}{index}", role.role, own, role.ep))
     return placements
 
 
@@ -141,7 +152,10 @@ def build_engine(
     Raises:
         ValueError: the configuration does not fit the model or the memory.
     """
-    cfg, decode = model.cfg, decode_config(model.cfg, config, model.think)
+    cfg, exchange = model.cfg, Exchange.of(placement.split)
+    if exchange is not None and cfg.moe is not None:
+        exchange.check(cfg.moe.num_slots)
+    decode = dataclasses.replace(decode_config(cfg, config, model.think), exchange=exchange)
     drafts = {config.drafts}
     if placement.role is Role.PREFILL:
         drafts = {0}  # it makes first tokens alone
@@ -157,7 +171,7 @@ def build_engine(
         extras=config.extras,
         scored=config.prompt_logprobs,
     )
-    params = _place_params(model, placement.devices)
+    params = _place_params(model, placement)
     if config.unroll:
         params = unstack(params)
     state = _empty_slots(model, config, decode, params, placement, pages=config.columns)
@@ -209,11 +223,11 @@ def _link(
     return programs.warm_up(runner.state), DeviceLink(runner, programs, transport, trunk)
 
 
-def _place_params(model: Model, devices: Sequence[Any]) -> Params:
-    """The weights on the engine's devices, heads and MLP widths split over them."""
-    if len(devices) == 1:
-        return jax.device_put(model.params, devices[0])
-    split = preset("tensor", make_mesh(tp=len(devices), devices=devices))
+def _place_params(model: Model, placement: Placement) -> Params:
+    """The weights on the engine's devices, split over them."""
+    split = placement.split
+    if split is None:
+        return jax.device_put(model.params, placement.devices[0])
     return jax.device_put(model.params, split.params(param_specs(model.cfg), model.params))
 
 

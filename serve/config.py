@@ -15,38 +15,59 @@ class RoleConfig:
     Attributes:
         role: what they do.
         engines: how many.
-        tp: devices of each, which split heads and MLP widths.
+        tp: ways in which each splits heads and widths of MLPs and experts.
+        ep: ways in which each splits experts, and heads once more. It has ep * tp devices.
     """
 
     role: Role
     engines: int = 1
     tp: int = 1
+    ep: int = 1
+
+    @property
+    def width(self) -> int:
+        """Devices of each engine."""
+        return self.ep * self.tp
 
     @property
     def devices(self) -> int:
         """Devices of all its engines."""
-        return self.engines * self.tp
+        return self.engines * self.width
 
 
-def parse_roles(text: str, *, prefill_tp: int = 1, decode_tp: int = 1) -> tuple[RoleConfig, ...]:
+def parse_roles(
+    text: str,
+    *,
+    prefill_tp: int = 1,
+    decode_tp: int = 1,
+    prefill_ep: int = 1,
+    decode_ep: int = 1,
+) -> tuple[RoleConfig, ...]:
     """Reads "ifb", "4ifb" or "2P1D".
 
     Args:
         text: how many engines of which role.
-        prefill_tp: devices of each prefill engine.
-        decode_tp: devices of each decode or ifb engine.
+        prefill_tp: see `RoleConfig.tp`, of each prefill engine.
+        decode_tp: the same of each decode or ifb engine.
+        prefill_ep: see `RoleConfig.ep`, of each prefill engine.
+        decode_ep: the same of each decode or ifb engine.
 
     Raises:
         ValueError: not of that form, or a count below 1.
     """
-    if min(prefill_tp, decode_tp) < 1:
-        raise ValueError(f"{prefill_tp=} and {decode_tp=} must be at least 1")
+    if min(prefill_tp, decode_tp, prefill_ep, decode_ep) < 1:
+        raise ValueError(
+            f"{prefill_tp=}, {decode_tp=}, {prefill_ep=} and {decode_ep=} must be at least 1"
+        )
+    prefill = RoleConfig(role=Role.PREFILL, tp=prefill_tp, ep=prefill_ep)
+    decode = RoleConfig(role=Role.DECODE, tp=decode_tp, ep=decode_ep)
     if match := re.fullmatch(r"(\d*)ifb", text.strip().lower()):
-        roles = (RoleConfig(role=Role.IFB, engines=int(match[1] or 1), tp=decode_tp),)
+        engines = int(match[1] or 1)
+        roles = (dataclasses.replace(decode, role=Role.IFB, engines=engines),)
     elif match := re.fullmatch(r"(\d+)p(\d+)d", text.strip().lower()):
         roles = (
-            RoleConfig(role=Role.PREFILL, engines=int(match[1]), tp=prefill_tp),
-            RoleConfig(role=Role.DECODE, engines=int(match[2]), tp=decode_tp),
+            dataclasses.replace(prefill, engines=int(match[1])),
+            dataclasses.replace(decode, engines=int(match[2])),
         )
     else:
         raise ValueError(

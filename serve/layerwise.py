@@ -57,9 +57,7 @@ def group_step(
         "expanded",
         prefill.query_lens,
     )
-    x, cache = forward_layers(
-        params, state.cache, part, x, cfg=cfg, layers=layers, impl=config.impl
-    )
+    x, cache = forward_layers(params, state.cache, part, x, cfg=cfg, layers=layers, **config.how)
     state = dataclasses.replace(state, cache=cache)
     if layers[1] == cfg.num_hidden_layers:
         hidden = final_norm(params, x, cfg=cfg)

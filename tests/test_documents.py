@@ -1,9 +1,11 @@
 """Reading documents from files, and the script that lays out the public corpus."""
 
+import dataclasses
 import importlib.util
 import json
 import lzma
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from dskjax import documents
 from dskjax.documents import iter_documents, iter_records, list_files
+from dskjax.extras import require
 from dskjax.tokenizer import ASSISTANT, BOS, END_THINK, EOS, THINK, USER, Tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -149,6 +152,127 @@ def test_nothing_to_read_is_refused(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", {"question": "q", "answer": "a"})
     with pytest.raises(ValueError, match=r"a\.jsonl:1: a conversation needs a tokenizer"):
         texts(path, tokenizer=None)
+
+
+# ------------------------------------------------------------------ Parquet
+
+
+@pytest.fixture
+def write_parquet(tmp_path):
+    """Writes rows, two a row group."""
+    why = "pyarrow is not installed (pip install 'dskjax[parquet]')"
+    pa = pytest.importorskip("pyarrow", reason=why)
+    pq = pytest.importorskip("pyarrow.parquet", reason=why)
+
+    def write(name, rows, schema=None):
+        path = tmp_path / name
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, row_group_size=2)
+        return path
+
+    return write
+
+
+ROWS = [
+    {"text": "x", "kind": "code", "id": 3},
+    {"text": " "},
+    {"prompt": "a", "completion": "b"},
+    {"question": "q", "thinking": "hm", "answer": "a"},
+    {"question": "q", "answer": "a"},
+    {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "b"}]},
+    {
+        "messages": [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": "b", "reasoning_content": "new"},
+        ]
+    },
+]
+
+
+def test_parquet_holds_what_json_lines_hold(tmp_path, write_parquet):
+    """One table of all kinds of records: what a row lacks is null, in its messages too."""
+    columns = {name: None for row in ROWS for name in row}
+    table = write_parquet("a.parquet", [{**columns, **row} for row in ROWS])
+    lines = write_lines(tmp_path / "a.jsonl", *ROWS)
+    read: list[int] = []
+    found = list(documents.iter_file(table, tokenizer=tiny, on_read=read.append))
+    expected = list(iter_documents([lines], tokenizer=tiny))
+    assert len(expected) == 6
+    for one, other in zip(found, expected, strict=True):
+        assert one.source == other.source.replace(".jsonl", ".parquet")
+        assert dataclasses.replace(one, source="") == dataclasses.replace(other, source="")
+    assert sum(read) == table.stat().st_size and len(read) == 4 + 1  # row groups, the rest
+    assert texts(tmp_path) == 2 * [d.text for d in expected]  # a folder with both
+
+
+def test_row_groups_are_read_one_at_a_time(write_parquet):
+    path = write_parquet("a.parquet", [{"text": letter * 99} for letter in "abcd"])
+    parquet = pytest.importorskip("pyarrow.parquet")
+    second = parquet.read_metadata(path).row_group(1).column(0)
+    broken = bytearray(path.read_bytes())
+    start = second.dictionary_page_offset
+    broken[start : start + 8] = b"\xff" * 8
+    path.write_bytes(broken)
+    read: list[int] = []
+    found = documents.iter_file(path, on_read=read.append)
+    assert next(found).text == "a" * 99 and read == []
+    assert next(found).text == "b" * 99
+    with pytest.raises(ValueError, match=r"a\.parquet: cannot be read as Parquet after row 2"):
+        next(found)
+    assert len(read) == 1
+
+
+def test_other_columns_are_not_read(write_parquet):
+    path = write_parquet("a.parquet", [{"text": f"t{n}", "vector": "v" * 99} for n in range(3)])
+    path.write_bytes(path.read_bytes().replace(b"v" * 99, b"\xff" * 99))
+    assert [row for _, row in iter_records(path)] == [{"text": f"t{n}"} for n in range(3)]
+
+
+def test_bad_parquet_is_named(tmp_path, write_parquet):
+    import pyarrow as pa
+
+    bare = pa.schema([("text", pa.binary())])
+    for rows, schema, message in (
+        (
+            [{"title": "a", "body": "b"}],
+            None,
+            r"\.parquet:1: expected the fields .*; found body, title",
+        ),
+        ([{"text": "a"}, {"text": None}], None, r"\.parquet:2: expected the fields"),
+        (
+            [{"text": "a"}, {"text": "b"}, {"text": b"c"}],
+            bare,
+            r":1: text must be text, found bytes",
+        ),
+        ([{"text": " "}], None, r"all documents are blank in .*a\.parquet"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            texts(write_parquet("a.parquet", rows, schema))
+    (tmp_path / "b.parquet").write_text('{"text": "a"}')
+    with pytest.raises(ValueError, match=r"b\.parquet: cannot be read as Parquet after row 0"):
+        texts(tmp_path / "b.parquet")
+
+
+def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch):
+    """Before anything is read: the files in front may be large."""
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    (tmp_path / "a.txt").write_bytes(b"\xff")
+    (tmp_path / "b.parquet").write_bytes(b"")
+    message = r"b\.parquet: pyarrow is not installed.*pip install 'dskjax\[parquet\]'"
+    with pytest.raises(ValueError, match=message):
+        texts(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        next(iter_records(tmp_path / "b.parquet"))
+
+
+def test_a_broken_package_is_not_a_missing_one(tmp_path, monkeypatch):
+    (tmp_path / "pyarrow").mkdir()
+    (tmp_path / "pyarrow" / "__init__.py").write_text("import not_there_at_all")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "pyarrow"]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ModuleNotFoundError, match="not_there_at_all"):
+        require("pyarrow", "a.parquet")
 
 
 # ------------------------------------------------------------------ the corpus script

@@ -45,6 +45,7 @@ class RunConfig:
         max_minutes: stop after so many minutes, save and export; the schedule does not know.
         cache_dir: where tokenised text is kept, `out/tokens` when None.
         progress: show bars.
+        tensorboard: also write the metrics for TensorBoard, to `out/tensorboard`.
     """
 
     data: Sequence[str | Path]
@@ -76,10 +77,11 @@ class RunConfig:
     max_minutes: float | None = None
     cache_dir: str | Path | None = None
     progress: bool = True
+    tensorboard: bool = False
 
     elsewhere: ClassVar[frozenset[str]] = frozenset(
         "out data cache_dir progress max_minutes save_every keep_last log_every eval_every "
-        "eval_data eval_index eval_max_tokens mesh sharding".split()
+        "eval_data eval_index eval_max_tokens mesh sharding tensorboard".split()
     )
     """Fields that do not decide what is learned. Data are compared by content."""
 

@@ -233,19 +233,19 @@ def loss_sums(
     if sharding is not None:  # whole along the embed axis, once: the chunks would gather it again
         weight = sharding.constrain(weight, ("vocab", None))
     where: dict[str, Any] = {"segment_ids": segment_ids, "positions": batch.positions}
-    options: dict[str, Any] = {"cfg": cfg, "impl": impl, "remat": remat, **where}
+    options: dict[str, Any] = {"cfg": cfg, "impl": impl, "remat": remat, "sharding": sharding}
     columns = columns_at_once(
         tokens.shape[0], cfg.vocab_size, 1 if sharding is None else sharding.mesh.size
     )
     depths = cfg.mtp.num_nextn_predict_layers
 
-    out = trunk(compute, tokens, sharding=sharding, **options)
+    out = trunk(compute, tokens, **options, **where)
     hidden, loads = [out.hidden], {}
     if out.experts is not None:
         loads["moe_layers"] = count_loads(out.experts, (segment_ids > 0)[None], cfg)
     labels = [labels_at(k, tokens, segment_ids, batch.scored) for k in range(depths + 1)]
     if depths:
-        mtp = mtp_chain(compute, tokens, out.hidden, depths=depths, **options)
+        mtp = mtp_chain(compute, tokens, out.hidden, depths=depths, **options, **where)
         hidden += mtp.hidden
         valid = jnp.stack([at.valid for at in labels[1:]])
         loads["mtp_layers"] = count_loads(jnp.stack(mtp.experts), valid, cfg)

@@ -19,6 +19,8 @@ import numpy as np
 import rich.console
 import rich.progress
 
+from train_mtp.tensorboard import TensorBoardLog
+
 METRICS = "metrics.jsonl"
 CLOCK = ("seconds", "tokens_per_s", "mfu")
 """Keys whose values depend on the machine and the hour."""
@@ -32,27 +34,37 @@ class MetricsLog:
     Args:
         path: the file.
         steps: keep lines of the first so many steps that the file has, drop what follows.
+        tensorboard: folder that gets the same numbers for TensorBoard; None writes none.
+
+    Raises:
+        ValueError: a line is not JSON, or TensorBoard's writer is not installed.
     """
 
-    def __init__(self, path: Path, *, steps: int):
+    def __init__(self, path: Path, *, steps: int, tensorboard: Path | None = None):
         kept = [row for row in read_metrics(path) if row["step"] <= steps] if path.exists() else []
         fresh = path.with_suffix(".tmp")
         fresh.write_text("".join(map(_line, kept)))
         os.replace(fresh, path)
         self._file = path.open("a")
         self._written = {(row["event"], row["step"]) for row in kept}
+        self._mirror = None if tensorboard is None else TensorBoardLog(tensorboard, kept)
 
     def write(self, event: str, step: int, values: Mapping[str, Any]) -> None:
         """Adds a line, unless it is there. NaN and infinities, which JSON lacks, become strings."""
         if (event, step) in self._written:
             return
         self._written.add((event, step))
-        self._file.write(_line({"event": event, "step": step, **values}))
+        row = {"event": event, "step": step, **values}
+        self._file.write(_line(row))
         self._file.flush()
+        if self._mirror is not None:
+            self._mirror.write(row)
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the file, and that of TensorBoard."""
         self._file.close()
+        if self._mirror is not None:
+            self._mirror.close()
 
     def __enter__(self) -> "MetricsLog":
         return self

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from dskjax.config import ModelConfig
 from dskjax.decode import SamplingParams, generate
-from dskjax.documents import is_jsonl, iter_documents, iter_records, list_files, text_field
+from dskjax.documents import form, iter_documents, iter_records, list_files, text_field
 from dskjax.params import Params
 from dskjax.tokenizer import END_THINK, Tokenizer
 
@@ -51,8 +51,8 @@ def read_prompts(
     """Prompts of files and folders, in order.
 
     Args:
-        paths: `.jsonl` with {"question"} or {"messages"} (a last answer in them is left out), or
-            {"text"}; or text files.
+        paths: `.jsonl` or `.parquet` with {"question"} or {"messages"} (a last answer in them is
+            left out), or {"text"}; or text files.
         tokenizer: of the trunk.
         prefix: tokens of a plain text that are its prompt, bos included; shorter texts are skipped.
         thinking: the chat template's switch; None turns it on where there is one.
@@ -63,7 +63,7 @@ def read_prompts(
     if thinking is None and tokenizer.supports_thinking:
         thinking = True
     for path in list_files(paths):
-        if not is_jsonl(path):
+        if form(path) == "text":
             yield from _of_texts(path, tokenizer, prefix)
             continue
         for number, row in iter_records(path):

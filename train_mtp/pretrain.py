@@ -3,6 +3,7 @@
 out/run.json            what makes the run this one
 out/metrics.jsonl       a line per logged step and per evaluation
 out/metrics.png         the same as curves
+out/tensorboard/        the same for TensorBoard, if asked for
 out/checkpoints/N/      states by step; a run that finds one goes on from it, bit for bit
 out/model/              config.json, model.safetensors (bf16), tokenizer, training.json
 """
@@ -25,6 +26,7 @@ from dskjax.checkpoint import load_config
 from dskjax.checkpoint.store import Store
 from dskjax.config import ModelConfig
 from dskjax.documents import list_files
+from dskjax.mesh import sharding_of
 from dskjax.model import param_specs
 from dskjax.params import cast, count
 from dskjax.tokenizer import Tokenizer
@@ -59,6 +61,7 @@ def pretrain(
         NonFiniteLossError: the loss is NaN or infinite; the batch is saved.
     """
     started = time.monotonic()
+    runs.check_extras(config)
     out = Path(config.out)
     tokenizer = Tokenizer.load(config.tokenizer)
     cfg = model_config(config, tokenizer)
@@ -81,7 +84,7 @@ def pretrain(
             corpus, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed
         )
         held_out = runs.held_out(config, tokenizer, config.eval_max_tokens)
-        log = open_.enter_context(runs.log_of(out, start))
+        log = open_.enter_context(runs.log_of(config, start))
         what = f"{count(specs) / 1e6:.2f}M parameters"
         run = Run(
             step=functools.partial(train_step, recipe=recipe),
@@ -174,7 +177,7 @@ def make_recipe(config: PretrainConfig, cfg: ModelConfig) -> Recipe:
         precision=config.precision,
         remat=config.remat,
         impl=config.impl,
-        sharding=runs.sharding_of(config.mesh, config.sharding),
+        sharding=sharding_of(config.mesh, config.sharding),
     )
 
 

@@ -3,22 +3,21 @@
 out/run.json            what makes the run this one
 out/metrics.jsonl       a line per logged step and per evaluation
 out/metrics.png         the same as curves
+out/tensorboard/        the same for TensorBoard, if asked for
 out/checkpoints/N/      states by step
 """
 
 import contextlib
 import json
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from dskjax.axes import Sharding
 from dskjax.checkpoint.store import Store
 from dskjax.evaluation.kinds import documents_by_kind
-from dskjax.mesh import make_mesh, parse_mesh, preset
+from dskjax.extras import require
 from dskjax.provenance import describe_devices
 from dskjax.tokenizer import Tokenizer
 from train_mtp.config import RunConfig
@@ -36,23 +35,6 @@ RUN = "run.json"
 def is_first() -> bool:
     """Whether this process writes what all would write."""
     return jax.process_index() == 0
-
-
-def sharding_of(mesh: str, rules: str) -> Sharding | None:
-    """Mesh and rules by name; None on one device.
-
-    Args:
-        mesh: like "dp=4,tp=2"; all devices on dp if empty.
-        rules: name of a preset of `dskjax.mesh`.
-    """
-    devices = jax.devices()
-    sizes = parse_mesh(mesh)
-    if sizes:
-        devices = devices[: math.prod(sizes.values())]
-        made = make_mesh(**sizes, devices=devices)
-    else:
-        made = make_mesh(dp=len(devices))
-    return None if len(devices) == 1 else preset(rules, made)
 
 
 def dataset_of(
@@ -75,9 +57,19 @@ def dataset_of(
     )
 
 
-def log_of(out: Path, start: int) -> contextlib.AbstractContextManager[MetricsLog | None]:
+def check_extras(config: RunConfig) -> None:
+    """Raises ValueError if the run asks for what is not installed."""
+    if config.tensorboard:
+        require("tensorboardX", "tensorboard=True")
+
+
+def log_of(config: RunConfig, start: int) -> contextlib.AbstractContextManager[MetricsLog | None]:
     """The metrics file; None on processes that do not write."""
-    return MetricsLog(out / METRICS, steps=start) if is_first() else contextlib.nullcontext()
+    if not is_first():
+        return contextlib.nullcontext()
+    out = Path(config.out)
+    mirror = out / "tensorboard" if config.tensorboard else None
+    return MetricsLog(out / METRICS, steps=start, tensorboard=mirror)
 
 
 def plan_of(config: RunConfig, started: float) -> Plan:

@@ -13,7 +13,7 @@ import numpy as np
 import rich.progress
 
 from dskjax.document_tokens import tokenise
-from dskjax.documents import Document, is_jsonl, iter_file, list_files
+from dskjax.documents import Document, form, iter_file, list_files
 from dskjax.tokenizer import Tokenizer
 
 _FORMAT = 2  # of the cache; part of its key
@@ -125,7 +125,7 @@ def store_key(files: Sequence[Path], tokenizer: Tokenizer) -> str:
     for path in files:
         with path.open("rb") as file:
             content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32))
-        digest.update(b"jsonl" if is_jsonl(path) else b"text")
+        digest.update(form(path).encode())
         digest.update(content.digest())
     return digest.hexdigest()
 

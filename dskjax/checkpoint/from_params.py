@@ -30,13 +30,20 @@ class ParamsSource:
         file_order: see `weights.WeightSource`.
 
     Raises:
-        ValueError: params do not fit `cfg`, or have a dtype that files do not hold.
+        ValueError: params do not fit `cfg`, hold redundant experts, or have a dtype that files do
+            not hold.
         NotImplementedError: params are spread over several processes.
     """
 
     file_order = False
 
     def __init__(self, params: Params, cfg: ModelConfig):
+        if cfg.moe is not None and cfg.moe.num_redundant_experts:
+            raise ValueError(
+                f"these params hold {cfg.moe.num_redundant_experts} redundant experts a layer, and "
+                "a checkpoint has each expert once: take what "
+                "dskjax.expert_parallel.place.unplace returns"
+            )
         self.cfg = cfg
         self._stacks = dict(_stacks(params))
         specs = dict(named_leaves(param_specs(cfg)))

@@ -1,17 +1,13 @@
 """The command line: the one place that may import every package, each lazily inside its command."""
 
+import os
 from typing import Annotated, NoReturn
 
 import typer
 
-from dskjax.cli import acceptance, bench, convert, eplb, eval, heads, model, serve, train
+from dskjax.cli import acceptance, bench, convert, eplb, eval, heads, launch, model, serve, train
 from dskjax.cli.common import app, err, train_mtp
-
-EXTRAS = {
-    **dict.fromkeys(("fastapi", "httpx2", "prometheus_client", "uvicorn"), "serve"),
-    "grain": "train",
-}
-"""Extra of each package that only some commands need."""
+from dskjax.extras import EXTRAS, hint
 
 __all__ = [
     "acceptance",
@@ -21,6 +17,7 @@ __all__ = [
     "eplb",
     "eval",
     "heads",
+    "launch",
     "main",
     "model",
     "serve",
@@ -42,6 +39,12 @@ def _main(
     if cpu_devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", cpu_devices)
+    if "DSKJAX_COORDINATOR" in os.environ:
+        from dskjax.distributed import Membership
+
+        place = Membership.told(os.environ)
+        assert place is not None
+        place.join()
 
 
 def main(command: typer.Typer = app) -> NoReturn:
@@ -54,13 +57,8 @@ def main(command: typer.Typer = app) -> NoReturn:
         err.print(f"error: {error}", style="red", soft_wrap=True, highlight=False, markup=False)
         raise SystemExit(2) from error
     except ModuleNotFoundError as error:
-        extra = EXTRAS.get(error.name or "")
-        if extra is None:
+        if error.name not in EXTRAS:
             raise
-        err.print(
-            f"error: {error.name} is not installed; it comes with pip install 'dskjax[{extra}]'",
-            style="red",
-            markup=False,
-        )
+        err.print(f"error: {hint(error.name)}", style="red", markup=False)
         raise SystemExit(2) from error
     raise SystemExit(0)

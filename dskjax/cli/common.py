@@ -72,9 +72,16 @@ def find(model: Path, revision: str | None = None, *, weights: bool = True) -> P
 
 
 def load(
-    path: Path, dtype: Dtype | None, *, dequantise: bool = False, revision: str | None = None
+    path: Path,
+    dtype: Dtype | None,
+    *,
+    dequantise: bool = False,
+    revision: str | None = None,
+    sharding: Any = None,
 ) -> tuple[Any, Any]:
-    """(params, config) of a model in the compute dtype of the machine, or the given."""
+    """(params, config) of a model in the compute dtype of the machine, or the given; each device
+    reads its own part of the files.
+    """
     import jax
 
     from dskjax.checkpoint import load
@@ -89,5 +96,6 @@ def load(
         dtype=dtype.value,
         quantised="dequantise" if dequantise else "keep",
         revision=revision,
+        sharding=sharding,
         progress=err.is_terminal,
     )

@@ -26,7 +26,9 @@ from dskjax.cli.common import (
 @train_mtp.command()
 def run(
     trunk: Annotated[str, typer.Argument(help="Checkpoint folder, or org/name on the hub.")],
-    data: Annotated[list[Path], typer.Option(help="Text or .jsonl files or folders; repeat.")],
+    data: Annotated[
+        list[Path], typer.Option(help="Text, .jsonl or .parquet files or folders; repeat.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder of the run; an interrupted run goes on.")],
     layers: Annotated[int, typer.Option(help="K, drafts that are trained for.")] = 1,
     weights: Annotated[str, typer.Option(help="independent or shared.")] = "independent",
@@ -67,6 +69,9 @@ def run(
     max_minutes: Annotated[
         float | None, typer.Option(help="Stop, save and export after so many minutes.")
     ] = None,
+    tensorboard: Annotated[
+        bool, typer.Option(help="Also write the metrics to OUT/tensorboard.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of weights and data order.")] = 0,
     dequantise: DequantiseOption = False,
     impl: ImplOption = "auto",
@@ -122,7 +127,9 @@ def plot(
 @train_mtp.command(name="generate-data")
 def generate_data(
     model: ModelDir,
-    prompts: Annotated[list[Path], typer.Option(help="Text or .jsonl files or folders; repeat.")],
+    prompts: Annotated[
+        list[Path], typer.Option(help="Text, .jsonl or .parquet files or folders; repeat.")
+    ],
     out: Annotated[Path, typer.Option(help="File to write, .jsonl; one that is there goes on.")],
     temperature: Annotated[float, typer.Option(help="As the trunk will be served.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,

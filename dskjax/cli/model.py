@@ -31,20 +31,47 @@ def info(
     gpu: Annotated[
         str | None, typer.Option(help="Bound decode steps: h20, h800, h100, h200.")
     ] = None,
-    mesh: Annotated[str, typer.Option(help='With --gpu: "ep=16" GPUs share the experts.')] = "",
-    context: Annotated[int, typer.Option(help="With --gpu: cached tokens per sequence.")] = 4096,
-    drafts: Annotated[int, typer.Option(help="With --gpu: drafts verified a step.")] = 0,
-    experts: Annotated[str, typer.Option(help="With --gpu: int4, fp8 or bf16.")] = "int4",
+    mesh: Annotated[
+        str,
+        typer.Option(help='Memory and traffic of a GPU of a mesh, as "dp=2,ep=16,tp=1".'),
+    ] = "",
+    redundant: Annotated[
+        int, typer.Option(help="With --mesh: further copies of experts in each layer.")
+    ] = 0,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Decode steps at ep=8 to 320, on --gpu or on all of them."),
+    ] = False,
+    batch: Annotated[
+        int, typer.Option(help="With --mesh or --compare: sequences per GPU, to count bytes.")
+    ] = 32,
+    context: Annotated[
+        int, typer.Option(help="Of decode steps: cached tokens per sequence.")
+    ] = 4096,
+    drafts: Annotated[int, typer.Option(help="Of decode steps: drafts verified in each.")] = 0,
+    experts: Annotated[str, typer.Option(help="Experts held in int4, fp8 or bf16.")] = "int4",
     cache: Annotated[
-        str, typer.Option(help="With --gpu: fp8_tensor, fp8_tile or bf16.")
+        str, typer.Option(help="Cache held in fp8_tensor, fp8_tile or bf16.")
     ] = "fp8_tensor",
+    payload: Annotated[str, typer.Option(help="Rows go to experts in fp8 or bf16.")] = "fp8",
+    exchange: Annotated[
+        str,
+        typer.Option(
+            help="padded: the all_to_all that dskjax does. As DeepEP, once: a row once per rank "
+            "(throughput); copies: once per expert (low latency)."
+        ),
+    ] = "padded",
     plot: Annotated[Path | None, typer.Option(help="With --gpu: draw the bounds, .png.")] = None,
     revision: RevisionOption = None,
 ) -> None:
-    """Parameter counts, memory and cache size of a model; with --gpu, its roofline."""
+    """Parameter counts, memory and cache size of a model.
+
+    With --gpu, the least time of a decode step; with --mesh, what a GPU of it holds and sends.
+    """
     from dskjax.checkpoint.hf import load_config
     from dskjax.commands.info import describe
     from dskjax.presets import PRESETS, preset
+    from dskjax.roofline import GPUS
 
     if model not in PRESETS and not Path(model).exists() and "/" not in model:
         raise ValueError(
@@ -58,17 +85,34 @@ def info(
     for what, value in describe(cfg):
         table.add_row(what, value)
     Console().print(table)
+    from dskjax.commands import mesh_tables
+    from dskjax.mesh import parse_mesh
+    from dskjax.traffic import MeshSize
+
+    size = MeshSize(**parse_mesh(mesh), redundant=redundant)
+    forms: dict[str, Any] = {
+        "context": context,
+        "drafts": drafts,
+        "experts": experts,
+        "cache": cache,
+    }
+    plan = mesh_tables.checked_plan(cfg, gpu, size, payload=payload, exchange=exchange, **forms)
+    cards = list(GPUS) if gpu is None else [gpu]
+    if mesh:
+        Console().print(mesh_tables.memory_table(cfg, plan, cards))
+        Console().print(mesh_tables.collectives_table(cfg, plan, batch))
     if gpu is not None:
         from dskjax.commands.info import plot_roofline, roofline_rows, roofline_table
-        from dskjax.mesh import expert_ways
 
-        ep = expert_ways(mesh)
-        floors = roofline_rows(
-            cfg, gpu, ep=ep, context=context, drafts=drafts, experts=experts, cache=cache
-        )
-        Console().print(roofline_table(floors, f"{gpu}, ep={ep}, {context} cached tokens"))
+        floors = roofline_rows(cfg, gpu, ep=size.ep, tp=size.tp, redundant=redundant, **forms)
+        Console().print(roofline_table(floors, f"{gpu}, {size}, {context} cached tokens"))
+        if mesh:
+            Console().print(mesh_tables.steps_table(cfg, plan, gpu))
         if plot is not None:
             err.print(f"plot: {plot_roofline(floors, plot)}", soft_wrap=True)
+    if compare:
+        for card in cards:
+            Console().print(mesh_tables.compare_table(cfg, plan, card, batch))
 
 
 @app.command()
@@ -129,20 +173,27 @@ def generate(
     dequantise: DequantiseOption = False,
     revision: RevisionOption = None,
     impl: ImplOption = "auto",
+    mesh: Annotated[
+        str, typer.Option(help="Like dp=2,ep=4,tp=1: prompts over dp and ep, experts over ep.")
+    ] = "dp=1",
 ) -> None:
     """Continue a text, a chat or rows of ids; text streams to stdout, figures go to stderr."""
+    import jax
+
     from dskjax.commands import generate as command
     from dskjax.commands.ids import load_ids, save_atomically
     from dskjax.decode import SamplingParams
+    from dskjax.mesh import sharding_of
     from dskjax.tokenizer import Tokenizer
 
     if sum(x is not None for x in (prompt, chat, ids)) != 1:
         raise ValueError("give exactly one of --prompt, --chat and --ids")
     if out_ids is not None and ids is None:
         raise ValueError("--out-ids needs --ids")
-    model = find(model, revision)
-    params, cfg = load(model, dtype, dequantise=dequantise)
+    model, where = find(model, revision), sharding_of(mesh, "decode")
+    params, cfg = load(model, dtype, dequantise=dequantise, sharding=where)
     options: dict[str, Any] = {
+        "sharding": where,
         "max_tokens": max_tokens,
         "drafts": speculate,
         "accept": chosen_rule(rule, temperature),
@@ -162,11 +213,11 @@ def generate(
         rows, result = command.continue_rows(
             params, cfg, tokens, sampling=sampling(len(tokens)), **options
         )
-        if out_ids is not None:
-            save_atomically(out_ids, rows)
-        else:
+        if out_ids is None:
             for row in result.tokens:
                 print(*row)
+        elif jax.process_index() == 0:  # all processes have the same
+            save_atomically(out_ids, rows)
     else:
         tokenizer = Tokenizer.load(model)
         if chat is not None:

@@ -30,8 +30,10 @@ def serve(
     roles: Annotated[
         str, typer.Option(help="ifb, Nifb, or xPyD: prefill and decode engines, as in 1P1D.")
     ] = "ifb",
-    prefill_tp: Annotated[int, typer.Option(help="Devices of each prefill engine.")] = 1,
-    decode_tp: Annotated[int, typer.Option(help="Devices of each other engine.")] = 1,
+    prefill_tp: Annotated[int, typer.Option(help="Ways each prefill engine splits widths.")] = 1,
+    decode_tp: Annotated[int, typer.Option(help="Ways each other engine splits widths.")] = 1,
+    prefill_ep: Annotated[int, typer.Option(help="Ways each prefill engine splits experts.")] = 1,
+    decode_ep: Annotated[int, typer.Option(help="Ways each other engine splits experts.")] = 1,
     router: Annotated[
         str, typer.Option(help="remaining-slots, round-robin, request-count or kv-size.")
     ] = "remaining-slots",
@@ -122,7 +124,13 @@ def serve(
     from serve.http.config import HttpConfig
     from serve.start import ServerOptions, engine_config, serve_model
 
-    parsed = parse_roles(roles, prefill_tp=prefill_tp, decode_tp=decode_tp)
+    parsed = parse_roles(
+        roles,
+        prefill_tp=prefill_tp,
+        decode_tp=decode_tp,
+        prefill_ep=prefill_ep,
+        decode_ep=decode_ep,
+    )
     needed = sum(role.devices for role in parsed)
     if needed > 1 and jax.config.jax_num_cpu_devices < needed:
         jax.config.update("jax_num_cpu_devices", needed)  # simulated, where there is no GPU

@@ -15,7 +15,9 @@ from dskjax.cli.common import (
 
 @app.command()
 def pretrain(
-    data: Annotated[list[Path], typer.Option(help="Text files or folders; repeat for more.")],
+    data: Annotated[
+        list[Path], typer.Option(help="Text, .jsonl or .parquet files or folders; repeat.")
+    ],
     tokenizer: Annotated[Path, typer.Option(help="Folder with tokenizer.json.")],
     out: Annotated[Path, typer.Option(help="Folder of the run; an interrupted run goes on.")],
     model: Annotated[str, typer.Option(help="Preset, config.json or its folder.")] = "tiny-v3",
@@ -43,6 +45,9 @@ def pretrain(
     max_minutes: Annotated[
         float | None, typer.Option(help="Stop, save and export after so many minutes.")
     ] = None,
+    tensorboard: Annotated[
+        bool, typer.Option(help="Also write the metrics to OUT/tensorboard.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of weights and data order.")] = 0,
     impl: ImplOption = "auto",
 ) -> None:
@@ -76,6 +81,7 @@ def pretrain(
         save_every=save_every,
         log_every=log_every,
         max_minutes=max_minutes,
+        tensorboard=tensorboard,
         seed=seed,
         impl=impl,
     )

@@ -165,7 +165,16 @@ class Bound:
 
 
 def roofline_rows(
-    cfg: ModelConfig, gpu: str, *, ep: int, context: int, drafts: int, experts: str, cache: str
+    cfg: ModelConfig,
+    gpu: str,
+    *,
+    ep: int,
+    context: int,
+    drafts: int,
+    experts: str,
+    cache: str,
+    tp: int = 1,
+    redundant: int = 0,
 ) -> list[Bound]:
     """Bounds a decode step for each of `BATCHES`.
 
@@ -180,7 +189,7 @@ def roofline_rows(
     ):
         if value not in known:
             raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
-    forms: dict[str, typing.Any] = {"experts": experts, "cache": cache}
+    forms: dict[str, typing.Any] = dict(experts=experts, cache=cache, tp=tp, redundant=redundant)
     rows = []
     for batch in BATCHES:
         floor = roofline.roofline(cfg, gpu, batch, context, ep, 1 + drafts, **forms)

@@ -29,6 +29,7 @@ from jaxtyping import Array, Float, Int
 from dskjax.batch import RaggedBatch
 from dskjax.config import ModelConfig, MtpScheme
 from dskjax.decode.sampling import SamplingParams, distribution, sample
+from dskjax.expert_parallel import Exchange
 from dskjax.model import head
 from dskjax.paged import forward_mtp
 from dskjax.params import Params
@@ -135,6 +136,7 @@ def extend(
     cfg: ModelConfig,
     spec: DraftSpec,
     impl: str,
+    exchange: Exchange | None = None,
 ) -> LatentCache:
     """Fills the modules' cache for prompt rows whose following tokens are known.
 
@@ -148,10 +150,12 @@ def extend(
         cfg: the model.
         spec: scheme and number of drafts.
         impl: implementation of every op.
+        exchange: see `dskjax.paged.forward_mtp`.
     """
+    run = functools.partial(forward_mtp, params, cfg=cfg, impl=impl, exchange=exchange)
     for k in range(spec.depths):
         shifted = dataclasses.replace(batch, token_ids=following[:, k])
-        hidden, cache = forward_mtp(params, cache, shifted, hidden, cfg=cfg, module=k, impl=impl)
+        hidden, cache = run(cache, shifted, hidden, module=k)
     return cache
 
 
@@ -171,6 +175,7 @@ def propose(
     spec: DraftSpec,
     truncate: bool | None = None,
     impl: str,
+    exchange: Exchange | None = None,
 ) -> tuple[Drafts, LatentCache]:
     """Drafts the next m tokens of each sequence and brings the modules' cache up to date.
 
@@ -187,6 +192,7 @@ def propose(
         spec: scheme and number of drafts.
         truncate: see `dskjax.decode.sampling.distribution`.
         impl: implementation of every op.
+        exchange: see `dskjax.paged.forward_mtp`.
 
     Returns:
         The drafts (`no_drafts` for sequences without a single anchor) and the cache.
@@ -195,6 +201,7 @@ def propose(
     nothing = no_drafts(batch, cfg, spec)
     if not spec.depths:
         return nothing, cache
+    run = functools.partial(forward_mtp, params, cfg=cfg, impl=impl, exchange=exchange)
     sequence = jnp.arange(batch)
     known = window.end - rows + window.last + 1  # N: position of the newest known token
 
@@ -212,7 +219,7 @@ def propose(
         hidden, tokens, _, pool = carry
         shifted = jax.lax.dynamic_slice_in_dim(tokens, k, rows, axis=1)
         part = RaggedBatch.uniform(shifted, page_table, window.end, "absorbed")
-        return forward_mtp(params, pool, part, hidden, cfg=cfg, module=k, impl=impl)
+        return run(pool, part, hidden, module=k)
 
     def depth(carry: Any, xs: Depth) -> tuple[Any, Drafts]:
         k, u = xs
@@ -233,7 +240,7 @@ def propose(
         j, u = xs
         lens = jnp.where(window.end > 0, known + j, 0)
         part = RaggedBatch.uniform(token[:, None], page_table, lens, "absorbed")
-        newest, pool = forward_mtp(params, pool, part, newest, cfg=cfg, module=0, impl=impl)
+        newest, pool = run(pool, part, newest, module=0)
         draft, entropy = pick(newest, u, j, entropy)
         return (newest, draft.tokens, entropy, pool), draft
 

@@ -15,14 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dskjax.axes import Sharding
 from dskjax.cache import init_cache
 from dskjax.config import ModelConfig
+from dskjax.decode.ranks import Ranks
 from dskjax.decode.rows import DecodeRows, PrefillRows, StepOutput
 from dskjax.decode.rules import RuleOptions, ThinkIds
 from dskjax.decode.sampling import SamplingParams
 from dskjax.decode.slots import RowOptions, Slots, init_slots
 from dskjax.decode.stats import AcceptanceStats
 from dskjax.decode.step import NO_THINKING, DecodeConfig, step
+from dskjax.distributed import fetch
 from dskjax.params import Params
 
 FinishReason = Literal["stop", "length"]
@@ -80,6 +83,7 @@ def generate(
     chunk: int = 512,
     kv_dtype: str = "auto",
     impl: str = "auto",
+    sharding: Sharding | None = None,
     on_tokens: Callable[[int, list[int]], None] | None = None,
 ) -> Generation:
     """Continues every prompt by up to `max_tokens` tokens, all in one batch.
@@ -101,6 +105,8 @@ def generate(
         chunk: most prompt tokens per sequence in one prefill call.
         kv_dtype: see `dskjax.cache.init_cache`.
         impl: implementation of every op.
+        sharding: mesh and rules that split the batch (preset `decode`), with `params` placed by
+            them: prompts are dealt out to the ranks. None: one device, or wherever `params` lie.
         on_tokens: called with (prompt index, new ids) as steps are read, for streaming.
 
     Raises:
@@ -141,15 +147,16 @@ def generate(
         page_size=page_size,
         chunk=chunk,
         kv_dtype=kv_dtype,
+        ranks=None if sharding is None else Ranks(sharding),
     )
     jax.block_until_ready(batch.state.cache)
     result.prefill_seconds = time.perf_counter() - begun
     begun = time.perf_counter()
-    run, state = program(cfg, config), batch.state
+    state = batch.state
     pending: StepOutput | None = None
     running = len(prompts)
     while running:
-        state, output = run(params, state, batch.rows, None)
+        state, output = batch.run(params, state, batch.rows, None)
         if pending is not None:
             running -= _read(pending, stop_ids, result, on_tokens)
         pending = output
@@ -158,10 +165,13 @@ def generate(
 
 
 class PrefilledBatch(NamedTuple):
-    """Slots whose prompts are in the cache, and the rows that decode all of them."""
+    """Slots whose prompts are in the cache, the rows that decode all of them, and the step that
+    does it.
+    """
 
     state: Slots
     rows: DecodeRows
+    run: Callable[..., tuple[Slots, StepOutput]]
 
 
 def prefill_prompts(
@@ -176,30 +186,44 @@ def prefill_prompts(
     chunk: int,
     thinking: Sequence[bool] | None = None,
     kv_dtype: str = "auto",
+    ranks: Ranks | None = None,
 ) -> PrefilledBatch:
-    """Allocates a cache that holds all prompts to their ends and prefills them together."""
-    run, spec, batch = program(cfg, config), config.spec, len(prompts)
+    """Allocates a cache that holds all prompts to their ends and prefills them together.
+
+    With `ranks` each gets as many rows, the last ones idle where prompts run out.
+    """
+    spec, count = config.spec, 1 if ranks is None else ranks.count
+    run = program(cfg, config) if ranks is None else ranks.program(cfg, config)
+    idle = -len(prompts) % count
+    prompts, batch = [*prompts, *([0] for _ in range(idle))], len(prompts) + idle
+    options = jax.tree.map(  # a copy, because the state is donated
+        lambda x: jnp.pad(jnp.copy(x), [(0, idle)] + [(0, 0)] * (x.ndim - 1)), options
+    )
     lengths = np.array([len(p) - 1 for p in prompts], np.int32)
     longest = int(lengths.max())
     width = -(-(longest + 1 + max_tokens + 2 * spec.drafts) // page_size)
-    slots = jnp.arange(batch, dtype=jnp.int32)
-    page_table = jnp.arange(batch * width, dtype=jnp.int32).reshape(batch, width)
+    slots = jnp.arange(batch, dtype=jnp.int32) % (batch // count)  # ids of a rank's own
+    page_table = slots[:, None] * width + jnp.arange(width, dtype=jnp.int32)
     dtype = params["embed_tokens"]["weight"].dtype
     cache = init_cache(
         cfg, num_pages=batch * width, page_size=page_size, dtype=dtype, kv_dtype=kv_dtype
     )
     tails = [list(p[-spec.tail :]) if spec.tail else [] for p in prompts]
     state = dataclasses.replace(
-        init_slots(cache, jax.tree.map(jnp.copy, options), cfg=cfg, spec=spec, dtype=dtype),
+        init_slots(cache, options, cfg=cfg, spec=spec, dtype=dtype),
         length=jnp.asarray(lengths),
         last_token=jnp.asarray([p[-1] for p in prompts], jnp.int32),
         token_tail=jnp.asarray([[0] * (spec.tail - len(t)) + t for t in tails], jnp.int32).reshape(
             batch, spec.tail
         ),
         remaining=jnp.full(batch, max_tokens, jnp.int32),
-        done=jnp.zeros(batch, bool),
-        thinking=jnp.asarray(np.zeros(batch, bool) if thinking is None else list(thinking)),
+        done=jnp.arange(batch) >= batch - idle,
+        thinking=jnp.zeros(batch, bool)
+        .at[: batch - idle]
+        .set(False if thinking is None else jnp.asarray(list(thinking))),
     )
+    place = (lambda rows: rows) if ranks is None else ranks.place
+    state = place(state)
     chunk = max(min(chunk, 1 << max(longest - 1, 0).bit_length()), 8)
     columns = -(-longest // chunk) * chunk
     ids = np.zeros((batch, columns + 1 + spec.depths), np.int32)
@@ -218,9 +242,10 @@ def prefill_prompts(
             cached_lens=jnp.asarray(np.minimum(lengths, stop)),
             query_lens=jnp.asarray(np.clip(lengths - first, 0, chunk)),
         )
-        state, _ = run(params, state, None, rows)
+        state, _ = run(params, state, None, place(rows))
     scale = jnp.ones(spec.drafts, jnp.float32)
-    return PrefilledBatch(state, DecodeRows(slots=slots, page_table=page_table, draft_scale=scale))
+    rows = DecodeRows(slots=slots, page_table=page_table, draft_scale=scale)
+    return PrefilledBatch(state, place(rows), run)
 
 
 def _read(
@@ -230,7 +255,7 @@ def _read(
     on_tokens: Callable[[int, list[int]], None] | None,
 ) -> int:
     """Takes a step's tokens to the host; returns how many sequences ended in it."""
-    out = jax.device_get(output)
+    out = fetch(output)
     result.ties += int(out.ties.sum())
     for index in np.flatnonzero(out.active):
         new = out.tokens[index, : out.count[index]].tolist()

@@ -37,6 +37,7 @@ from dskjax.decode.rules import (
 )
 from dskjax.decode.sampling import distribution, step_uniforms
 from dskjax.decode.slots import RowOptions, Slots
+from dskjax.expert_parallel import Exchange
 from dskjax.model import head
 from dskjax.paged import forward
 from dskjax.params import Params
@@ -57,6 +58,7 @@ class DecodeConfig:
         truncate: whether rows may use top-k or top-p; None finds out at run time.
         extras: whether rows may use penalties, biases, min_length and log-probabilities.
         impl: implementation of every op.
+        exchange: how rows meet experts that are split over devices.
 
     What is found out at run time is a branch, and at a branch a GPU waits for the host: a server
     compiles steps without branches beside one that has them all.
@@ -69,6 +71,7 @@ class DecodeConfig:
     truncate: bool | None = None
     extras: bool = True
     impl: str = "auto"
+    exchange: Exchange | None = None
 
     @classmethod
     def make(
@@ -103,6 +106,11 @@ class DecodeConfig:
         sampled = drafts > 0 and rules != ("strict",)
         spec = DraftSpec.make(cfg, drafts, sampled=sampled)
         return cls(spec=spec, rules=rules, think=think, synthetic=synthetic, impl=impl)
+
+    @property
+    def how(self) -> dict[str, typing.Any]:
+        """What every forward pass is told."""
+        return {"impl": self.impl, "exchange": self.exchange}
 
     def fewer(self, drafts: int) -> "DecodeConfig":
         """The same sequences, with fewer drafts in a step."""
@@ -162,7 +170,7 @@ def scored_step(
             )
         )
     with jax.named_scope("forward"):
-        hidden, cache = forward(params, state.cache, tuple(parts), cfg=cfg, impl=config.impl)
+        hidden, cache = forward(params, state.cache, tuple(parts), cfg=cfg, **config.how)
     state = dataclasses.replace(state, cache=cache)
     output = scores = None
     decoded = 0 if rows is None else rows.tokens.size
@@ -220,7 +228,7 @@ def keep_prefilled(
     with jax.named_scope("mtp/prefill"):
         following = rows.following.reshape(-1, spec.depths)
         cache = extend(
-            params, state.cache, part, following, hidden, cfg=cfg, spec=spec, impl=config.impl
+            params, state.cache, part, following, hidden, cfg=cfg, spec=spec, **config.how
         )
     batch = rows.token_ids.shape[0]
     slots = jnp.minimum(rows.slots, state.count - 1)
@@ -306,7 +314,7 @@ def _accept_and_draft(
         cfg=cfg,
         spec=spec,
         truncate=config.truncate,
-        impl=config.impl,
+        **config.how,
     )
     allowed = jnp.arange(m) < options.draft_limit[:, None]
     tail = count[:, None] + jnp.arange(spec.tail)

@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from dskjax.config import ModelConfig
+from dskjax.expert_parallel import Exchange
 from dskjax.layers.mla import Mla
 from dskjax.layers.mlp import SwiGlu
 from dskjax.layers.moe import Moe
@@ -36,10 +37,16 @@ class Block(Module):
             self.mlp = SwiGlu(d, cfg.intermediate_size)
 
     def __call__(
-        self, x_td: Float[Array, "T D"], attend: Attend, *, impl: str
+        self,
+        x_td: Float[Array, "T D"],
+        attend: Attend,
+        real: Bool[Array, " T"] | None = None,
+        *,
+        impl: str,
+        exchange: Exchange | None = None,
     ) -> tuple[Float[Array, "T D"], Any, jax.Array | None]:
         """Returns the residual stream, what `attend` carries on, and the chosen experts int32 [T,
-        K] (None if dense).
+        K] (None if dense; see `Moe` for `real`).
         """
         with jax.named_scope("mla"):
             attended, carried = attend(self.self_attn, self.input_layernorm(x_td))
@@ -47,7 +54,7 @@ class Block(Module):
         normed = self.post_attention_layernorm(x_td)
         if isinstance(self.mlp, Moe):
             with jax.named_scope("moe"):
-                out, experts = self.mlp(normed, impl=impl)
+                out, experts = self.mlp(normed, real, impl=impl, exchange=exchange)
             return x_td + out, carried, experts
         with jax.named_scope("mlp"):
             return x_td + self.mlp(normed, impl=impl), carried, None

@@ -2,9 +2,11 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dskjax.config import MoeConfig
+from dskjax.expert_parallel import Exchange
+from dskjax.expert_parallel.replicas import physical
 from dskjax.layers.mlp import SwiGlu
 from dskjax.params import Module, weight
 from pallas_kernels import expert_mlp, route
@@ -17,10 +19,10 @@ class Gate(Module):
 
     def __init__(self, hidden_size: int, moe: MoeConfig):
         self.moe = moe
-        self.weight = weight((moe.n_routed_experts, hidden_size), axes=("experts", "embed"))
+        self.weight = weight((moe.n_routed_experts, hidden_size), axes=(None, "embed"))
         if moe.topk_method == "noaux_tc":
             self.e_score_correction_bias = weight(
-                (moe.n_routed_experts,), axes=("experts",), init="zeros", dtype="float32"
+                (moe.n_routed_experts,), axes=(None,), init="zeros", dtype="float32"
             )
 
     def __call__(
@@ -45,14 +47,25 @@ class Gate(Module):
 
 
 class Experts(Module):
-    """The routed experts, their gate and up as one weight; how rows reach them is the op's."""
+    """The routed experts, their gate and up as one weight; how rows reach them is the op's.
+
+    With redundant experts the weights are those of slots, and two maps, which are inputs like any
+    weight, say which slots hold an expert: `replicas`, padded with -1, and `replica_counts`.
+    """
 
     def __init__(self, hidden_size: int, moe: MoeConfig):
-        experts, width = moe.n_routed_experts, moe.moe_intermediate_size
+        slots, width = moe.num_slots, moe.moe_intermediate_size
         self.gate_up_proj = weight(
-            (experts, 2, width, hidden_size), axes=("experts", None, "mlp", "embed")
+            (slots, 2, width, hidden_size), axes=("experts", None, "mlp", "expert_embed")
         )
-        self.down_proj = weight((experts, hidden_size, width), axes=("experts", "embed", "mlp"))
+        self.down_proj = weight(
+            (slots, hidden_size, width), axes=("experts", "expert_embed", "mlp")
+        )
+        self.redundant = moe.num_redundant_experts
+        if self.redundant:
+            experts, most = moe.n_routed_experts, 1 + self.redundant
+            self.replicas = weight((experts, most), axes=(None, None), init="zeros", dtype="int32")
+            self.replica_counts = weight((experts,), axes=(None,), init="zeros", dtype="int32")
 
     def __call__(
         self,
@@ -61,10 +74,15 @@ class Experts(Module):
         experts: Int[Array, "T K"],
         *,
         impl: str,
+        exchange: Exchange | None = None,
     ) -> Float[Array, "T D"]:
-        """Weighted sum of each row's experts."""
-        gate_up, down = self.gate_up_proj[...], self.down_proj[...]
-        return expert_mlp(x, weights, experts, gate_up, down, impl=impl)
+        """Weighted sum of each row's experts, wherever `exchange` keeps them; row t takes an
+        expert's replica t modulo their number.
+        """
+        if self.redundant:
+            experts = physical(experts, self.replicas[...], self.replica_counts[...])
+        run = expert_mlp if exchange is None else exchange.experts
+        return run(x, weights, experts, self.gate_up_proj[...], self.down_proj[...], impl=impl)
 
 
 class Moe(Module):
@@ -82,13 +100,22 @@ class Moe(Module):
         )
 
     def __call__(
-        self, x: Float[Array, "T D"], *, impl: str
+        self,
+        x: Float[Array, "T D"],
+        real: Bool[Array, " T"] | None = None,
+        *,
+        impl: str,
+        exchange: Exchange | None = None,
     ) -> tuple[Float[Array, "T D"], Int[Array, "T K"]]:
-        """Returns the output and the chosen experts, int32 [T, K]."""
+        """Returns the output and the chosen experts, int32 [T, K]; -1 for rows that are not `real`:
+        padding goes to no expert.
+        """
         with jax.named_scope("gate"):
             weights, experts = self.gate(x, impl=impl)
+            if real is not None:
+                experts = jnp.where(real[:, None], experts, -1)
         with jax.named_scope("experts"):
-            out = self.experts(x, weights, experts, impl=impl)
+            out = self.experts(x, weights, experts, impl=impl, exchange=exchange)
         if self.shared_experts is not None:
             with jax.named_scope("shared_experts"):
                 out = out + self.shared_experts(x, impl=impl)

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.expert_mlp import by_group, xla
@@ -22,6 +23,7 @@ def expert_mlp(
     gate_up: Float[Array, "E 2 F D"] | QTensor,
     down: Float[Array, "E D F"] | QTensor,
     *,
+    pairs: int | None = None,
     impl: str = "auto",
 ) -> Float[Array, "T D"]:
     """Weighted sum of each row's experts, an expert being down(silu(gate x) * up x).
@@ -29,9 +31,11 @@ def expert_mlp(
     Args:
         x: rows [T, D].
         weights: float32 [T, K].
-        experts: i32 [T, K], ids in [0, E); a row may name an expert once.
+        experts: i32 [T, K], ids in [0, E), -1 for none; a row may name an expert once.
         gate_up: gate and up of every expert, array or QTensor [E, 2, F, D].
         down: [E, D, F].
+        pairs: the most (row, expert) pairs there can be, when more than that many of the T * K
+            choices are known to be none. With more pairs the result means nothing.
         impl: "auto", "reference" or "xla".
 
     Returns:
@@ -39,7 +43,8 @@ def expert_mlp(
     """
     if not x.shape[0]:
         return x
-    args = (x, weights, experts, gate_up, down)
+    weights = jnp.where(experts < 0, 0, weights)
+    args = (x, weights, experts, gate_up, down, pairs)
     run = choose("expert_mlp", impl, IMPLEMENTATIONS, *args)
     with jax.named_scope("expert_mlp"):
         return run(*args)

@@ -21,6 +21,8 @@ class Case(BaseCase):
         hidden: D.
         width: F.
         skewed: every row chooses the same experts.
+        absent: share of choices that are no expert.
+        pairs: room for so many of the others; None: for all choices.
         weight: how the weights are given.
     """
 
@@ -30,6 +32,8 @@ class Case(BaseCase):
     hidden: int = 32
     width: int = 16
     skewed: bool = False
+    absent: float = 0.0
+    pairs: int | None = None
     weight: Format = "array"
 
     def make(self, seed: int, poison: bool = False) -> dict[str, Any]:
@@ -40,6 +44,7 @@ class Case(BaseCase):
         shape = (1 if self.skewed else self.rows, free)
         order = np.argsort(rng.random(shape), axis=1)[:, : self.per_token]
         chosen = np.broadcast_to(order, (self.rows, self.per_token)).astype(np.int32)
+        chosen = np.where(rng.random(chosen.shape) < self.absent, -1, chosen)
         gate_up = (self.experts, 2, self.width, self.hidden)
         down = (self.experts, self.hidden, self.width)
         args = {
@@ -49,6 +54,9 @@ class Case(BaseCase):
             "gate_up": make_weight(rng, gate_up, self.weight, self.dtype),
             "down": make_weight(rng, down, self.weight, self.dtype),
         }
+        if self.pairs is not None:
+            args["pairs"] = self.pairs
+            assert (chosen >= 0).sum() <= self.pairs
         if poison and self.weight == "array":
             for name in ("gate_up", "down"):
                 args[name] = args[name].at[-1].set(1e30)
@@ -63,6 +71,11 @@ CASES = (
     Case(name="most few", rows=256),
     Case(name="many", rows=257),
     Case(name="no rows", rows=0),
+    Case(name="few choices by pair", rows=2, experts=16, absent=0.5),
+    Case(name="few choices of few rows", rows=9, absent=0.5),
+    Case(name="few choices", rows=300, absent=0.8, pairs=160),
+    Case(name="no choices", rows=300, absent=1.0, pairs=8),
+    Case(name="fp8 and few choices", rows=6, hidden=128, width=128, weight="e4m3", absent=0.5),
     Case(name="bfloat16", rows=12, dtype="bfloat16"),
     Case(name="fp8", rows=6, hidden=128, width=128, weight="e4m3"),
     Case(

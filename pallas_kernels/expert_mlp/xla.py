@@ -29,10 +29,11 @@ def expert_mlp(
     experts: jax.Array,
     gate_up: jax.Array | QTensor,
     down: jax.Array | QTensor,
+    pairs: int | None = None,
 ) -> jax.Array:
     """See `api.expert_mlp`."""
     if isinstance(gate_up, QTensor) or isinstance(down, QTensor) or x.shape[0] > FEW_ROWS:
-        return by_group.expert_mlp(x, weights, experts, gate_up, down, impl="xla")
+        return by_group.expert_mlp(x, weights, experts, gate_up, down, pairs, impl="xla")
     if 3 * experts.size < down.shape[0]:
         return _by_pair(x, weights, experts, gate_up, down)
     return _every_expert(x, weights, experts, gate_up, down)
@@ -45,6 +46,7 @@ def _by_pair(
     fp32 = {"preferred_element_type": jnp.float32}
     pair = jnp.einsum("td,tkgfd->tkgf", x, gate_up[experts], **fp32).astype(x.dtype)
     out_tkd = jnp.einsum("tkf,tkdf->tkd", swiglu(pair), down[experts], **fp32).astype(x.dtype)
+    out_tkd = jnp.where(experts[:, :, None] < 0, 0, out_tkd)  # -1 read some expert's weights
     return _sum(out_tkd.swapaxes(0, 1), weights.T, x.dtype)
 
 

@@ -91,7 +91,7 @@ def check(modules, drafts, pause=-1, unroll=False):
     # Hot sampling: the text differs from the drafts often, and every acceptance length occurs.
     sampling = SamplingParams.make(len(PROMPTS), temperature=1.5, seed=[1, 2, 3])
     options = RowOptions.make(sampling, accept=RuleOptions(name="strict"), drafts=drafts)
-    state, rows = prefill_prompts(
+    state, rows, _ = prefill_prompts(
         params, cfg, PROMPTS, config, options, max_tokens=30, page_size=5, chunk=8
     )
     served = unstack(params) if unroll else params

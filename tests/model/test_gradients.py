@@ -29,7 +29,9 @@ def plain():
     return gradients(None)
 
 
-@pytest.mark.parametrize("policy", ["nothing_saveable", "dots_saveable"])
+@pytest.mark.parametrize(
+    "policy", ["nothing_saveable", pytest.param("dots_saveable", marks=pytest.mark.full)]
+)
 def test_checkpoint_policies_change_no_gradient(plain, policy):
     found = gradients(getattr(jax.checkpoint_policies, policy))
     for name, gradient in plain.items():

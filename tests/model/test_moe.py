@@ -225,8 +225,8 @@ def with_experts(monkeypatch, change):
     """Replaces what `Moe` does with its routed experts: change(call, x, weights, experts)."""
     original = Experts.__call__
 
-    def patched(self, x, weights, experts, *, impl):
-        return change(lambda *a: original(self, *a, impl=impl), x, weights, experts)
+    def patched(self, x, weights, experts, **how):
+        return change(lambda *a: original(self, *a, **how), x, weights, experts)
 
     monkeypatch.setattr(Experts, "__call__", patched)
     monkeypatch.setitem(globals(), "compiled", compiled.__wrapped__)  # trace again

@@ -208,10 +208,10 @@ def test_weights_are_declared_with_known_axes(shape, axes, match):
 def test_specs_carry_axes_and_initialisers():
     specs = dict(named_leaves(model.param_specs(V3)))
     down = specs["moe_layers.mlp.experts.down_proj"]
-    assert down.axes == ("layers", "experts", "embed", "mlp") and down.init == "normal"
+    assert down.axes == ("layers", "experts", "expert_embed", "mlp") and down.init == "normal"
     assert specs["norm.weight"].init == "ones"
     bias = specs["mtp_layers.block.mlp.gate.e_score_correction_bias"]
-    assert (bias.dtype, bias.init, bias.axes) == ("float32", "zeros", ("layers", "experts"))
+    assert (bias.dtype, bias.init, bias.axes) == ("float32", "zeros", ("layers", None))
     assert specs_of(RmsNorm, 4, 1e-6, "embed") == {
         "weight": params.WeightSpec((4,), ("embed",), "ones")
     }

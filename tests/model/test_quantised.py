@@ -213,7 +213,7 @@ def place(name, precision):
 def test_a_mesh(name, precision):
     params = place(name, precision)
     down = dict(named_leaves(params))["moe_layers.mlp.experts.down_proj"]
-    split = {"tensor": (None, "tp"), "fsdp": (("dp", "ep"), None), "train": (("dp", "ep"), "tp")}
+    split = {"tensor": (None, "tp"), "fsdp": (("dp", "ep"), None), "train": ("dp", "tp")}
     assert tuple(down.values.sharding.spec)[-2:] == split[name]
     check(params, precision)
 

@@ -31,17 +31,21 @@ def placed(name):
     return sharding, jax.device_put(jax.tree.map(np.asarray, tiny().params), shardings)
 
 
-PRESETS = ["data", "fsdp", "tensor", "train"]
+PRESETS = ["data", "fsdp", "tensor", "train", "decode", "prefill"]
 SPLIT = {  # one weight of each kind, and how each preset splits it
     "lm_head.weight": {
         "fsdp": (None, ("dp", "ep")),
         "tensor": ("tp", None),
         "train": ("tp", ("dp", "ep")),
+        "decode": ("tp", None),
+        "prefill": (("ep", "tp"), None),
     },
     "moe_layers.mlp.experts.down_proj": {
         "fsdp": (None, None, ("dp", "ep"), None),
         "tensor": (None, None, None, "tp"),
-        "train": (None, None, ("dp", "ep"), "tp"),
+        "train": (None, "ep", "dp", "tp"),
+        "decode": (None, "ep", None, "tp"),
+        "prefill": (None, "ep", None, "tp"),
     },
 }
 
@@ -55,7 +59,7 @@ def test_apply_equals_unsharded(name):
         assert tuple(spec) == want.get(name, (None,) * len(spec)), (leaf, spec)
     tokens = np.concatenate([t.tokens, t.tokens[:1]])  # 4 rows over dp and ep
     tokens = jax.device_put(tokens, sharding.of(("batch", "sequence")))
-    assert tokens.sharding.shard_shape(tokens.shape) == (1, 17)
+    assert tokens.sharding.shard_shape(tokens.shape) == (4 if name == "prefill" else 1, 17)
     logits = run_apply(t.cfg, sharding)(params, tokens)
     want = run_trunk(t).hidden
     want = run_head(t, want)

@@ -33,10 +33,11 @@ class Layout:
     decode: int = 1
     prefill_tp: int = 1
     decode_tp: int = 1
+    ep: int = 1  # of every engine
 
     def __str__(self) -> str:
         widths = f"tp{self.prefill_tp}to{self.decode_tp}"
-        return f"{self.prefill}P{self.decode}D-{widths}"
+        return f"{self.prefill}P{self.decode}D-{widths}" + f"-ep{self.ep}" * (self.ep > 1)
 
 
 _DEVICES = {
@@ -48,10 +49,12 @@ _DEVICES = {
 
 
 @functools.cache
-def compiled(role: Role, index: int, tp: int, modules: int) -> tuple[Engine, Placement]:
+def compiled(
+    role: Role, index: int, width: int, modules: int, ep: int = 1
+) -> tuple[Engine, Placement]:
     """An engine that nobody starts: its runner and scheduler serve one cluster after another."""
-    devices = tuple(jax.devices()[i] for i in _DEVICES[role, tp][index])
-    placement = Placement(f"{role.value}{index}", role, devices)
+    devices = tuple(jax.devices()[i] for i in _DEVICES[role, width][index])
+    placement = Placement(f"{role.value}{index}", role, devices, ep)
     config = small(
         layerwise_from=1,
         layer_group=1,
@@ -104,8 +107,14 @@ def cluster(
     layout: Layout, modules: int, *, layerwise: bool, faults: Faults | None = None, **limits
 ) -> Iterator[Cluster]:
     """Fresh threads, coordinator and transport over the compiled engines."""
-    chosen = [compiled(Role.PREFILL, i, layout.prefill_tp, modules) for i in range(layout.prefill)]
-    chosen += [compiled(Role.DECODE, i, layout.decode_tp, modules) for i in range(layout.decode)]
+    chosen = [
+        compiled(role, index, layout.ep * tp, modules, layout.ep)
+        for role, engines, tp in (
+            (Role.PREFILL, layout.prefill, layout.prefill_tp),
+            (Role.DECODE, layout.decode, layout.decode_tp),
+        )
+        for index in range(engines)
+    ]
     mailbox, answers, parts = Mailbox(), Answers(), {}
 
     def mover(placement: Placement):

@@ -21,7 +21,9 @@ LAYOUTS = (
     Layout(prefill_tp=2),
     Layout(decode_tp=2),
     Layout(prefill_tp=2, decode_tp=2),
+    Layout(ep=2),
 )
+ALWAYS = {(PLAIN, "chain", "whole"), (PLAIN, "chain", "layerwise"), (LAYOUTS[-1], "chain", "whole")}
 MODES = ["whole", "layerwise"]
 SCHEMES = {1: "recycled", 3: "chain"}
 
@@ -31,7 +33,7 @@ def cases():
         for modules, scheme in SCHEMES.items():
             for mode in MODES:
                 name = f"{layout}-{scheme}-{mode}"
-                marks = () if layout == PLAIN and scheme == "chain" else (pytest.mark.full,)
+                marks = () if (layout, scheme, mode) in ALWAYS else (pytest.mark.full,)
                 yield pytest.param(layout, modules, mode, id=name, marks=marks)
 
 

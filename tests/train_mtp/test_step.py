@@ -178,30 +178,39 @@ def test_bfloat16_step_is_near_the_fp32_one(first):
     assert all(leaf.dtype in (jnp.float32, jnp.int32) for leaf in jax.tree.leaves(state))
 
 
-MESHES = {
-    "data": {"dp": 8},
-    "fsdp": {"dp": 4, "ep": 2},
-    "train": {"dp": 4, "tp": 2},
-    "tensor": {"dp": 1, "tp": 2},
-}
+LAYOUTS = [  # rules and mesh; the first two in every run
+    ("data", {"dp": 8}),
+    ("train", {"dp": 2, "ep": 2, "tp": 2}),
+    ("train", {"ep": 8}),
+    ("train", {"dp": 2, "ep": 4}),
+    ("train", {"ep": 4, "tp": 2}),
+    ("train", {"dp": 4, "tp": 2}),
+    ("fsdp", {"dp": 4, "ep": 2}),
+    ("tensor", {"tp": 2}),
+]
 
 
-def sharded(name: str) -> Sharding:
-    sizes = MESHES[name]
+def sharded(name: str, sizes: dict[str, int]) -> Sharding:
     devices = jax.devices()[: int(np.prod(list(sizes.values())))]
     return preset(name, make_mesh(**sizes, devices=devices))
 
 
+def id_of(layout) -> str:
+    name, sizes = layout
+    return "-".join([name, *(f"{axis}{size}" for axis, size in sizes.items())])
+
+
 @pytest.mark.parametrize(
-    "name",
-    [*("data", "train"), *(pytest.param(n, marks=pytest.mark.full) for n in ("fsdp", "tensor"))],
+    "layout",
+    [*LAYOUTS[:2], *(pytest.param(one, marks=pytest.mark.full) for one in LAYOUTS[2:])],
+    ids=id_of,
 )
-def test_sharded_step_equals_the_unsharded_one(first, name):
+def test_sharded_step_equals_the_unsharded_one(first, layout):
     _, expected, expected_metrics = first
-    recipe = dataclasses.replace(RECIPE, sharding=sharded(name))
+    recipe = dataclasses.replace(RECIPE, sharding=sharded(*layout))
     state = start(recipe)
     split = [leaf for leaf in jax.tree.leaves(state) if not leaf.sharding.is_fully_replicated]
-    assert bool(split) == (name != "data")
+    assert bool(split) == (layout[0] != "data")
     state, metrics = train_step(state, place_batch(BATCH, recipe.sharding), recipe=recipe)
     for leaf, where in zip(
         jax.tree.leaves(state), jax.tree.leaves(state_shardings(recipe)), strict=True
@@ -221,7 +230,7 @@ def test_sharded_step_equals_the_unsharded_one(first, name):
 def test_initial_state_is_the_same_on_any_mesh():
     one = init_state(RECIPE, 3)
     assert one.step == 0 and not any(map(np.any, jax.tree.leaves(copy(one.opt_state))))
-    many = init_state(dataclasses.replace(RECIPE, sharding=sharded("train")), 3)
+    many = init_state(dataclasses.replace(RECIPE, sharding=sharded(*LAYOUTS[1])), 3)
     jax.tree.map(np.testing.assert_array_equal, copy(one), copy(many))
     for name, spec in named_leaves(SPECS):
         if spec.init == "normal":

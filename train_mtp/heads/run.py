@@ -25,6 +25,7 @@ from dskjax.checkpoint import hub
 from dskjax.checkpoint.store import Store
 from dskjax.config import ModelConfig
 from dskjax.documents import list_files
+from dskjax.mesh import sharding_of
 from dskjax.params import Params, cast, count, is_weight, named_leaves
 from dskjax.tokenizer import Tokenizer
 from train_mtp import flops, plot, runs
@@ -68,8 +69,9 @@ def train_heads(
         NonFiniteLossError: the loss is NaN or infinite; the batch is saved.
     """
     started = time.monotonic()
+    runs.check_extras(config)
     out = Path(config.out)
-    sharding = runs.sharding_of(config.mesh, config.sharding)
+    sharding = sharding_of(config.mesh, config.sharding)
     folder = hub.find(config.trunk, progress=config.progress and runs.is_first())
     frozen, trunk = _load(config, folder, sharding)
     tokenizer = Tokenizer.load(folder)
@@ -105,7 +107,7 @@ def train_heads(
             answers_only=config.answers_only,
         )
         held_out = runs.held_out(config, tokenizer, config.eval_max_tokens)
-        log = open_.enter_context(runs.log_of(out, start))
+        log = open_.enter_context(runs.log_of(config, start))
         trained = count(recipe.specs())
         what = f"{trained / 1e6:.2f}M parameters of {config.layers} {config.weights} heads"
         run = Run(
@@ -164,7 +166,7 @@ def export_heads(run: str | Path, out: str | Path, *, step: int | None = None) -
     given = json.loads(note.read_text())
     fields = {f.name: given[f.name] for f in dataclasses.fields(HeadsConfig) if f.name in given}
     config = HeadsConfig(**{**fields, "watch": tuple(fields["watch"])})
-    sharding = runs.sharding_of(config.mesh, config.sharding)
+    sharding = sharding_of(config.mesh, config.sharding)
     folder = hub.find(config.trunk, progress=config.progress)
     frozen, trunk = _load(config, folder, sharding)
     recipe = recipe_of(config, trunk, sharding)

@@ -85,6 +85,7 @@ def unroll(
         impl=recipe.impl,
         remat=recipe.policy,
         detach=recipe.detach,
+        sharding=recipe.sharding,
     )
 
 

@@ -180,7 +180,7 @@ def test_gradients_stop_between_depths_only_when_asked():
     assert np.abs(with_second - alone).max() > 1e-4
 
 
-@pytest.mark.parametrize("weights", KINDS)
+@pytest.mark.parametrize("weights", [pytest.param("independent", marks=pytest.mark.full), "shared"])
 def test_accumulated_batches_equal_one_large_one(weights):
     of = recipe(weights, bias_update_rate=0.0)
     rows = batch(rows=6)
@@ -195,10 +195,19 @@ def test_accumulated_batches_equal_one_large_one(weights):
             np.testing.assert_allclose(leaf, want, rtol=2e-3, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("rules", ["data", "fsdp"])
-def test_sharded_steps_equal_unsharded_ones(rules):
-    of = recipe("shared", depths=2)
-    on = dataclasses.replace(of, sharding=preset(rules, make_mesh(dp=4, devices=jax.devices()[:4])))
+@pytest.mark.parametrize(
+    ("weights", "rules", "mesh"),
+    [
+        pytest.param("shared", "data", {"dp": 4}, marks=pytest.mark.full),
+        pytest.param("shared", "fsdp", {"dp": 4}, marks=pytest.mark.full),
+        ("independent", "train", {"dp": 2, "ep": 2}),
+    ],
+    ids=["data", "fsdp", "experts"],
+)
+def test_sharded_steps_equal_unsharded_ones(weights, rules, mesh):
+    of = recipe(weights, depths=2)
+    made = make_mesh(**mesh, devices=jax.devices()[:4])
+    on = dataclasses.replace(of, sharding=preset(rules, made))
     rows = batch(rows=8)
     one, told = head_step(state(of), frozen(), rows, teach(frozen(), rows, recipe=of), recipe=of)
     many, said = head_step(state(on), frozen(), rows, teach(frozen(), rows, recipe=on), recipe=on)

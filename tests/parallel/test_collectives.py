@@ -1,0 +1,128 @@
+"""What a compiled program sends between devices: the exchanges that were asked for and no more."""
+
+import dataclasses
+import re
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dskjax.axes import Sharding
+from dskjax.cache import init_cache
+from dskjax.decode.ranks import Ranks
+from dskjax.decode.rows import DecodeRows
+from dskjax.decode.rules import RuleOptions
+from dskjax.decode.sampling import SamplingParams
+from dskjax.decode.slots import RowOptions, init_slots
+from dskjax.decode.step import DecodeConfig
+from dskjax.expert_parallel import Exchange
+from dskjax.mesh import make_mesh, preset
+from dskjax.model import abstract_params, param_specs, trunk
+from tests.model.common import tiny
+from tests.parallel.common import needs_8
+
+COLLECTIVES = "all-gather all-reduce all-to-all collective-permute reduce-scatter".split()
+
+
+def sent(hlo: str) -> list[tuple[str, list[tuple[int, ...]]]]:
+    """(name, shapes of the results) of each collective of a compiled program; those in a loop's
+    body stand there once.
+    """
+    found = []
+    for line in hlo.splitlines():
+        made, _, rest = line.strip().removeprefix("ROOT ").partition(" = ")
+        match = re.search(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", rest)
+        if made.startswith("%") and match:
+            dims = re.findall(r"\w\[([\d,]*)\]", rest[: match.start()])
+            shapes = [tuple(int(n) for n in one.split(",") if n) for one in dims]
+            found.append((match[1], shapes))
+    return found
+
+
+def collectives(hlo: str) -> Counter[str]:
+    return Counter(name for name, _ in sent(hlo))
+
+
+def gathered_experts(hlo: str, cfg) -> list[tuple[int, ...]]:
+    """Results of all-gathers that hold every expert's weights."""
+    moe = cfg.moe
+    shapes = [shape for name, made in sent(hlo) if name == "all-gather" for shape in made]
+    sizes = {moe.n_routed_experts, moe.moe_intermediate_size}
+    return [shape for shape in shapes if len(shape) > 2 and sizes <= set(shape)]
+
+
+def abstract(where: Sharding, cfg):
+    """Shapes of the weights, placed."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        abstract_params(cfg, jnp.float32),
+        where.params(param_specs(cfg)),
+    )
+
+
+def decode_step(where: Sharding, drafts: int = 2) -> str:
+    """The compiled decode step of 16 sequences."""
+    cfg, ranks, rows = tiny().cfg, Ranks(where), 16
+    accept = RuleOptions(name="strict")
+    config = DecodeConfig.make(cfg, accept=accept, drafts=drafts)
+    config = dataclasses.replace(config, truncate=False)
+    sampling = SamplingParams.make(rows, temperature=0.0)
+    options = RowOptions.make(sampling, accept=accept, drafts=drafts)
+    cache = init_cache(cfg, num_pages=32, page_size=4, dtype=jnp.float32)
+    state = init_slots(cache, options, cfg=cfg, spec=config.spec, dtype=jnp.float32)
+    decode = DecodeRows(
+        slots=jnp.arange(rows) % (rows // ranks.count),
+        page_table=jnp.zeros((rows, 4), jnp.int32),
+        draft_scale=jnp.ones(drafts),
+    )
+    run = ranks.program(cfg, config)
+    return (
+        run.lower(abstract(where, cfg), *map(ranks.place, (state, decode)), None)
+        .compile()
+        .as_text()
+    )
+
+
+def whole_sequences(where: Sharding) -> str:
+    """The compiled trunk over 8 sequences."""
+    cfg = tiny().cfg
+    tokens = jax.ShapeDtypeStruct((8, 16), np.int32)
+    run = jax.jit(lambda p, t: trunk(p, t, cfg=cfg, sharding=where).hidden)
+    return run.lower(abstract(where, cfg), tokens).compile().as_text()
+
+
+@needs_8
+def test_a_decode_step_sends_rows_to_experts_and_back_and_nothing_else():
+    """Once each in the loop over MoE layers, and once each in the loop over draft depths."""
+    where = preset("decode", make_mesh(ep=8, devices=jax.devices()[:8]))
+    assert collectives(decode_step(where)) == {"all-to-all": 2 + 2}
+
+
+@needs_8
+def test_ranks_with_all_experts_send_nothing():
+    where = preset("decode", make_mesh(dp=8, devices=jax.devices()[:8]))
+    assert collectives(decode_step(where)) == {}
+
+
+@needs_8
+@pytest.mark.parametrize("rules", ["train", "prefill", "decode"])
+def test_experts_stay_where_they_are(rules):
+    """The weights of a rank's experts are never gathered over the ranks."""
+    where = preset(rules, make_mesh(ep=4, devices=jax.devices()[:4]))
+    hlo = whole_sequences(where)
+    assert not gathered_experts(hlo, tiny().cfg)
+    found = collectives(hlo)
+    assert bool(found["all-to-all"]) == (rules != "prefill")
+    if rules == "prefill":
+        assert found["all-reduce"]
+
+
+@needs_8
+def test_the_check_sees_gathered_experts(monkeypatch):
+    """A mode that wants all experts on every rank, while the rules split them."""
+    where = preset("decode", make_mesh(ep=4, devices=jax.devices()[:4]))
+    local = Exchange(mode="local", axis="", rows=("ep",), mesh=where.mesh)
+    monkeypatch.setattr(Exchange, "of", lambda sharding: local)
+    assert gathered_experts(whole_sequences(where), tiny().cfg)

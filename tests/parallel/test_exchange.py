@@ -1,0 +1,160 @@
+"""A MoE layer over a mesh equals the layer on one device, whatever the mode and the load."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dskjax.axes import Rules, Sharding
+from dskjax.expert_parallel import Exchange
+from dskjax.mesh import make_mesh, preset
+from pallas_kernels import expert_mlp, quantise
+from pallas_kernels.quant import FP8_BLOCK, FP8_TILE, INT4_GROUP, dequantise
+from pallas_kernels.testing import Tolerance, assert_close
+from tests.parallel.common import choices, needs_8
+
+EXPERTS, TOP_K, WIDTH, INNER = 8, 2, 16, 8
+SPLIT_SUM = Tolerance(
+    abs=1e-5, rel=1e-5, cosine=1e-11, reason="fp32 sums of a row's experts in another order"
+)
+ROW_FP8 = Tolerance(
+    abs=0.15, rel=0.06, cosine=2e-3, reason="rows travel in e4m3: 3 bits of mantissa"
+)
+
+
+@functools.cache
+def mesh(dp: int, ep: int):
+    return make_mesh(dp=dp, ep=ep, devices=jax.devices()[: dp * ep])
+
+
+def make(rows: int, *, hot: bool = False, idle: float = 0.1, width: int = WIDTH, seed: int = 0):
+    """Arguments of `expert_mlp`."""
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    return (
+        normal(rows, width),
+        jnp.asarray(rng.random((rows, TOP_K)), jnp.float32),
+        jnp.asarray(choices(rng, (rows, TOP_K), EXPERTS, hot=hot, idle=idle)),
+        normal(EXPERTS, 2, INNER, width) / width**0.5,
+        normal(EXPERTS, width, INNER) / INNER**0.5,
+    )
+
+
+@functools.cache
+def run_of(exchange: Exchange):
+    return jax.jit(functools.partial(exchange.experts, impl="xla"))
+
+
+def over(dp: int, ep: int, mode: str, **options) -> Exchange:
+    names = () if mode == "sum" else ("dp", "ep")
+    axis = "" if mode == "local" else "ep"
+    return Exchange(mode=mode, axis=axis, rows=names, mesh=mesh(dp, ep), **options)
+
+
+@needs_8
+@pytest.mark.parametrize("rows", [1, 13, 64])
+@pytest.mark.parametrize(
+    ("dp", "ep", "mode"),
+    [
+        (1, 8, "throughput"),
+        (2, 4, "throughput"),
+        (2, 4, "low_latency"),
+        (1, 8, "sum"),
+        (4, 2, "local"),
+    ],
+)
+def test_equals_one_device(dp, ep, mode, rows):
+    args = make(rows)
+    assert_close(run_of(over(dp, ep, mode))(*args), expert_mlp(*args), SPLIT_SUM)
+
+
+@needs_8
+@pytest.mark.parametrize("hot", [False, True])
+@pytest.mark.parametrize("slack", [1.0, 2.0])
+def test_what_exceeds_the_room_is_noticed_and_not_dropped(hot, slack):
+    """96 rows a rank: with room for little more than the mean, and all rows choosing alike."""
+    args = make(384, hot=hot, idle=0.0)
+    exchange = over(1, 4, "throughput", slack=slack)
+    assert_close(run_of(exchange)(*args), expert_mlp(*args), SPLIT_SUM)
+
+
+@needs_8
+def test_a_room_that_is_believed_drops_rows(monkeypatch):
+    """The flag is what keeps rows: without it a hot expert loses some."""
+    monkeypatch.setattr(Exchange, "_overflows", lambda *_: jnp.array(False))
+    args = make(384, hot=True, idle=0.0)
+    got = jax.jit(functools.partial(over(1, 4, "throughput", slack=1.0).experts, impl="xla"))(*args)
+    with pytest.raises(AssertionError):
+        assert_close(got, expert_mlp(*args), SPLIT_SUM)
+
+
+@needs_8
+@pytest.mark.parametrize("mode", ["throughput", "sum", "local"])
+@pytest.mark.parametrize("hot", [False, True])
+def test_gradients_equal_those_of_one_device(mode, hot):
+    x, weights, experts, gate_up, down = make(384, hot=hot)
+    pull = np.random.default_rng(1).standard_normal(x.shape)
+    slack = 1.5 if mode == "throughput" else None
+    exchange = over(2, 4, mode, slack=slack)
+
+    def loss(run, x, weights, gate_up, down):
+        return (run(x, weights, experts, gate_up, down, impl="xla") * pull).sum()
+
+    args = (x, weights, gate_up, down)
+    grad = lambda run: jax.jit(jax.grad(functools.partial(loss, run), argnums=(0, 1, 2, 3)))  # noqa: E731
+    for got, want in zip(grad(exchange.experts)(*args), grad(expert_mlp)(*args), strict=True):
+        assert_close(got, want, Tolerance(abs=1e-4, rel=1e-4, cosine=1e-9, reason="fp32 sums"))
+
+
+@needs_8
+@pytest.mark.parametrize("recipe", [FP8_BLOCK, INT4_GROUP], ids=["fp8", "int4"])
+def test_quantized_experts_travel_with_their_scales(recipe):
+    x, weights, experts, gate_up, down = make(24, width=128)
+    # The inner width is below a block, so the down projection is one ragged block.
+    gate_up = quantise(gate_up, recipe)
+    args = (x, weights, experts, gate_up, down)
+    assert_close(run_of(over(2, 4, "throughput"))(*args), expert_mlp(*args), SPLIT_SUM)
+
+
+@needs_8
+@pytest.mark.parametrize("mode", ["throughput", "low_latency"])
+def test_an_fp8_payload_equals_quantized_rows(mode):
+    x, weights, experts, gate_up, down = make(24, width=128)
+    got = run_of(over(1, 8, mode, payload="fp8"))(x, weights, experts, gate_up, down)
+    rounded = dequantise(quantise(x, FP8_TILE))
+    assert_close(got, expert_mlp(rounded, weights, experts, gate_up, down), SPLIT_SUM)
+    assert_close(got, expert_mlp(x, weights, experts, gate_up, down), ROW_FP8)
+
+
+@needs_8
+def test_experts_must_divide():
+    args = make(8)
+    three = (*args[:3], args[3][:6], args[4][:6])
+    with pytest.raises(
+        ValueError, match=re.escape("6 experts do not split over ep=4; choose one of 1, 2, 3, 6")
+    ):
+        over(1, 4, "throughput").experts(*three, impl="xla")
+    with pytest.raises(ValueError, match="6 experts"):
+        Exchange.within(preset("decode", mesh(1, 4)), 6)
+
+
+@needs_8
+def test_rules_choose_the_mode():
+    def mode(rules, dp=1, ep=1):
+        found = Exchange.of(Sharding(mesh(dp, ep), Rules.make(rules)))
+        return found and (found.mode, found.rows)
+
+    both = {"batch": ("dp", "ep"), "experts": "ep"}
+    assert Exchange.of(None) is None
+    assert mode(both) is None
+    assert mode(both, dp=2) == ("local", ("dp",))
+    assert mode(both, ep=4) == ("throughput", ("ep",))
+    assert mode(both, dp=2, ep=4) == ("throughput", ("dp", "ep"))
+    assert mode({"batch": ("dp", "ep")}, dp=2, ep=4) == ("local", ("dp", "ep"))
+    assert mode({"batch": "dp", "experts": "ep"}, dp=2, ep=4) == ("sum", ("dp",))
+    assert mode({"experts": "ep"}, ep=4) == ("sum", ())
+    with pytest.raises(ValueError, match="over one axis"):
+        mode({"experts": ("dp", "ep")}, dp=2, ep=4)

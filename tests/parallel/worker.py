@@ -1,0 +1,84 @@
+"""What each process of `test_processes.py` runs: python -m tests.parallel.worker OUT"""
+
+import os
+import sys
+
+import jax
+import numpy as np
+
+from dskjax import mesh, model
+from dskjax.decode.generate import generate
+from dskjax.distributed import Membership, fetch, put
+from dskjax.presets import preset
+from tests.train_mtp import toy
+from train_mtp.step import init_state, place_batch, train_step
+
+PROMPTS = [[5, 6, 7, 8, 9], [11], [4] * 9]
+
+
+def results() -> dict[str, np.ndarray]:
+    """A forward pass, decoding with drafts and a training step, each on 8 devices in its own
+    layout. On every process the same.
+    """
+    return {**forward(), **decoded(), **trained()}
+
+
+def forward() -> dict[str, np.ndarray]:
+    cfg, where = preset("tiny-v3"), mesh.preset("prefill", mesh.make_mesh(ep=4, tp=2))
+    params = weights(cfg, where)
+    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (2, 12), np.int32)
+    tokens = put(tokens, where.of((None, None)))
+    run = jax.jit(
+        lambda p, t: model.apply(p, t, cfg=cfg, sharding=where), out_shardings=where.of(())
+    )
+    return {"logits": np.asarray(fetch(run(params, tokens)))}
+
+
+def decoded() -> dict[str, np.ndarray]:
+    cfg, where = preset("tiny-v3"), mesh.preset("decode", mesh.make_mesh(dp=2, ep=4))
+    drafts = cfg.mtp.num_nextn_predict_layers
+    found = generate(
+        weights(cfg, where),
+        cfg,
+        PROMPTS,
+        max_tokens=6,
+        drafts=drafts,
+        accept="strict",
+        ignore_eos=True,
+        page_size=4,
+        sharding=where,
+    )
+    return {"tokens": np.array(found.tokens), "steps": np.array(found.stats.steps)}
+
+
+def trained() -> dict[str, np.ndarray]:
+    where = mesh.preset("train", mesh.make_mesh(dp=2, ep=2, tp=2))
+    recipe = toy.recipe(sharding=where)
+    rows = toy.batch()
+    share = len(rows.tokens) // jax.process_count()
+    mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+    batch = jax.tree.map(lambda part: part[mine], rows)
+    state, losses = init_state(recipe, 0), []
+    for _ in range(2):
+        state, metrics = train_step(state, place_batch(batch, where), recipe=recipe)
+        losses.append(float(metrics["total_loss"]))
+    return {"losses": np.array(losses), "norm": np.asarray(fetch(state.params["norm"]["weight"]))}
+
+
+def weights(cfg, where):
+    """The same values on any mesh."""
+    made = jax.jit(
+        lambda: model.init(cfg, jax.random.key(0), std=0.2),
+        out_shardings=where.params(model.param_specs(cfg)),
+    )
+    return made()
+
+
+if __name__ == "__main__":
+    place = Membership.told(os.environ)
+    assert place is not None
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8 // place.processes)
+    place.join()
+    found = results()
+    np.savez(f"{sys.argv[1]}.{place.process}.npz", **found)
