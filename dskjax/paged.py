@@ -10,6 +10,7 @@ apart the layers are unrolled instead: more to compile, nothing to copy.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -75,6 +76,23 @@ def forward(
     return final_norm(params, x, cfg=cfg), cache
 
 
+def forward_counted(
+    params: Params,
+    cache: LatentCache,
+    batch: Batch,
+    *,
+    cfg: ModelConfig,
+    impl: str = "auto",
+    exchange: Exchange | None = None,
+) -> tuple[Float[Array, "T D"], LatentCache, Int[Array, "L E"]]:
+    """`forward`, and how many real rows chose each expert of each MoE layer, int32 [L, E]."""
+    every = (0, cfg.num_hidden_layers)
+    run = functools.partial(_run_layers, cfg=cfg, layers=every, impl=impl, exchange=exchange)
+    x, cache, loads = run(params, cache, batch, None, counted=True)
+    assert loads is not None
+    return final_norm(params, x, cfg=cfg), cache, loads
+
+
 def forward_layers(
     params: Params,
     cache: LatentCache,
@@ -104,20 +122,41 @@ def forward_layers(
     Returns:
         The residual stream after these layers, and the cache.
     """
-    step = _step(batch, cache, cfg)
+    run = functools.partial(_run_layers, cfg=cfg, layers=layers, impl=impl, exchange=exchange)
+    x, cache, _ = run(params, cache, batch, x, counted=False)
+    return x, cache
+
+
+def _run_layers(
+    params: Params,
+    cache: LatentCache,
+    batch: Batch,
+    x: jax.Array | None,
+    *,
+    cfg: ModelConfig,
+    layers: tuple[int, int],
+    impl: str,
+    exchange: Exchange | None,
+    counted: bool,
+) -> tuple[jax.Array, LatentCache, jax.Array | None]:
+    """Residual stream, cache, and if `counted` int32 [MoE layers among these, E]."""
+    step, moe = _step(batch, cache, cfg), cfg.moe
 
     def layer(
         carry: tuple[jax.Array, LatentCache],
         weights: Params,
         index: jax.Array | int,
         experts: bool,
-    ) -> tuple[Any, None]:
+    ) -> tuple[Any, jax.Array | None]:
         x, pool = carry
         attend = attention.over_cache(step.tables, pool, index, step.parts, step.plans, cfg, impl)
         block = bind(Block, weights, cfg, experts=experts)
-        x, pool, _ = block(x, attend, step.real, impl=impl, exchange=exchange)
-        return (x, pool), None
+        x, pool, chosen = block(x, attend, step.real, impl=impl, exchange=exchange)
+        if moe is None or chosen is None or not counted:
+            return (x, pool), None
+        return (x, pool), _count(chosen, moe.n_routed_experts)
 
+    loads = None
     carry, first = (embed(params, step.token_ids) if x is None else x, cache), 0
     for name, experts, count in (
         ("dense_layers", False, cfg.num_dense_layers),
@@ -126,17 +165,25 @@ def forward_layers(
         begin, end = max(layers[0] - first, 0), min(layers[1] - first, count)
         indices = jnp.arange(begin, end, dtype=jnp.int32)
         if isinstance(params.get(name), tuple):
+            each = []
             for i in range(begin, end):
-                carry, _ = layer(carry, params[name][i], first + i, experts)
+                carry, load = layer(carry, params[name][i], first + i, experts)
+                each.append(load)
+            loads = jnp.stack(each) if experts and counted and each else None
         elif (begin, end) == (0, count) and count:
             body = lambda c, xs, e=experts, f=first: layer(c, xs[0], f + xs[1], e)  # noqa: E731
-            carry, _ = jax.lax.scan(body, carry, (params[name], indices))
+            carry, loads = jax.lax.scan(body, carry, (params[name], indices))
         elif begin < end:  # slicing the stack first would copy the weights
             pick = lambda i, w=params[name]: jax.tree.map(lambda leaf: leaf[i], w)  # noqa: E731
             body = lambda c, i, e=experts, f=first, p=pick: layer(c, p(i), f + i, e)  # noqa: E731
-            carry, _ = jax.lax.scan(body, carry, indices)
+            carry, loads = jax.lax.scan(body, carry, indices)
         first += count
-    return carry
+    return carry[0], carry[1], loads
+
+
+def _count(chosen: jax.Array, experts: int) -> jax.Array:
+    """i32 [E]: how many rows of int32 [T, K] chose each expert; -1 is none."""
+    return (chosen[:, :, None] == jnp.arange(experts)).sum(axis=(0, 1), dtype=jnp.int32)
 
 
 def forward_mtp(

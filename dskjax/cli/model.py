@@ -69,9 +69,12 @@ def info(
     With --gpu, the least time of a decode step; with --mesh, what a GPU of it holds and sends.
     """
     from dskjax.checkpoint.hf import load_config
-    from dskjax.commands.info import describe
+    from dskjax.commands import mesh_tables
+    from dskjax.commands.info import describe, plot_roofline, roofline_rows, roofline_table
+    from dskjax.mesh import parse_mesh
     from dskjax.presets import PRESETS, preset
     from dskjax.roofline import GPUS
+    from dskjax.traffic import MeshSize
 
     if model not in PRESETS and not Path(model).exists() and "/" not in model:
         raise ValueError(
@@ -85,10 +88,6 @@ def info(
     for what, value in describe(cfg):
         table.add_row(what, value)
     Console().print(table)
-    from dskjax.commands import mesh_tables
-    from dskjax.mesh import parse_mesh
-    from dskjax.traffic import MeshSize
-
     size = MeshSize(**parse_mesh(mesh), redundant=redundant)
     forms: dict[str, Any] = {
         "context": context,
@@ -101,9 +100,7 @@ def info(
     if mesh:
         Console().print(mesh_tables.memory_table(cfg, plan, cards))
         Console().print(mesh_tables.collectives_table(cfg, plan, batch))
-    if gpu is not None:
-        from dskjax.commands.info import plot_roofline, roofline_rows, roofline_table
-
+    if gpu is not None and (mesh or not compare):
         floors = roofline_rows(cfg, gpu, ep=size.ep, tp=size.tp, redundant=redundant, **forms)
         Console().print(roofline_table(floors, f"{gpu}, {size}, {context} cached tokens"))
         if mesh:
@@ -176,6 +173,9 @@ def generate(
     mesh: Annotated[
         str, typer.Option(help="Like dp=2,ep=4,tp=1: prompts over dp and ep, experts over ep.")
     ] = "dp=1",
+    expert_loads: Annotated[
+        Path | None, typer.Option(help="Write rows per expert [layers, experts], .npy, for eplb.")
+    ] = None,
 ) -> None:
     """Continue a text, a chat or rows of ids; text streams to stdout, figures go to stderr."""
     import jax
@@ -194,6 +194,7 @@ def generate(
     params, cfg = load(model, dtype, dequantise=dequantise, sharding=where)
     options: dict[str, Any] = {
         "sharding": where,
+        "count_experts": expert_loads is not None,
         "max_tokens": max_tokens,
         "drafts": speculate,
         "accept": chosen_rule(rule, temperature),
@@ -232,6 +233,8 @@ def generate(
             params, cfg, tokenizer, start, write, sampling=sampling(1), **options
         )
         print()
+    if result.expert_loads is not None and expert_loads is not None and jax.process_index() == 0:
+        save_atomically(expert_loads, result.expert_loads)
     err.print(command.summary(result, speculate), soft_wrap=True, highlight=False)
 
 

@@ -42,6 +42,8 @@ class Generation:
         ties: greedy choices whose two best logits were closer than `dskjax.decode.rows.TIE_GAP`.
         prefill_seconds: wall time of prefill and first drafts, compilation included.
         decode_seconds: wall time of the decode loop, compilation included.
+        expert_loads: int64 [L, E], how many rows chose each expert of each MoE layer of the trunk,
+            prompts and verified drafts included; None unless asked for.
     """
 
     tokens: list[list[int]]
@@ -50,6 +52,7 @@ class Generation:
     ties: int
     prefill_seconds: float
     decode_seconds: float
+    expert_loads: np.ndarray | None = None
 
     @property
     def stats(self) -> AcceptanceStats:
@@ -84,6 +87,7 @@ def generate(
     kv_dtype: str = "auto",
     impl: str = "auto",
     sharding: Sharding | None = None,
+    count_experts: bool = False,
     on_tokens: Callable[[int, list[int]], None] | None = None,
 ) -> Generation:
     """Continues every prompt by up to `max_tokens` tokens, all in one batch.
@@ -107,6 +111,7 @@ def generate(
         impl: implementation of every op.
         sharding: mesh and rules that split the batch (preset `decode`), with `params` placed by
             them: prompts are dealt out to the ranks. None: one device, or wherever `params` lie.
+        count_experts: report `expert_loads`, which `dskjax eplb` plans with.
         on_tokens: called with (prompt index, new ids) as steps are read, for streaming.
 
     Raises:
@@ -148,6 +153,7 @@ def generate(
         chunk=chunk,
         kv_dtype=kv_dtype,
         ranks=None if sharding is None else Ranks(sharding),
+        count_experts=count_experts,
     )
     jax.block_until_ready(batch.state.cache)
     result.prefill_seconds = time.perf_counter() - begun
@@ -161,6 +167,8 @@ def generate(
             running -= _read(pending, stop_ids, result, on_tokens)
         pending = output
     result.decode_seconds = time.perf_counter() - begun
+    if state.loads is not None:
+        result.expert_loads = np.asarray(fetch(state.loads)).sum(axis=0, dtype=np.int64)
     return result
 
 
@@ -187,6 +195,7 @@ def prefill_prompts(
     thinking: Sequence[bool] | None = None,
     kv_dtype: str = "auto",
     ranks: Ranks | None = None,
+    count_experts: bool = False,
 ) -> PrefilledBatch:
     """Allocates a cache that holds all prompts to their ends and prefills them together.
 
@@ -210,7 +219,14 @@ def prefill_prompts(
     )
     tails = [list(p[-spec.tail :]) if spec.tail else [] for p in prompts]
     state = dataclasses.replace(
-        init_slots(cache, options, cfg=cfg, spec=spec, dtype=dtype),
+        init_slots(
+            cache,
+            options,
+            cfg=cfg,
+            spec=spec,
+            dtype=dtype,
+            counters=count if count_experts else 0,
+        ),
         length=jnp.asarray(lengths),
         last_token=jnp.asarray([p[-1] for p in prompts], jnp.int32),
         token_tail=jnp.asarray([[0] * (spec.tail - len(t)) + t for t in tails], jnp.int32).reshape(

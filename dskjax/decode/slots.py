@@ -83,6 +83,8 @@ class Slots:
         thinking: bool [S], inside a thinking section.
         options: what each request asked for.
         said: token counts for penalties, or None.
+        loads: i32 [1, L, E], how many rows chose each expert of each MoE layer since the start;
+            None where nobody counts. With ranks: [R, L, E].
     """
 
     cache: LatentCache
@@ -97,6 +99,7 @@ class Slots:
     thinking: jax.Array
     options: RowOptions
     said: Said | None
+    loads: Int[Array, "R L E"] | None = None
 
     @property
     def count(self) -> int:
@@ -111,6 +114,7 @@ def init_slots(
     cfg: ModelConfig,
     spec: DraftSpec,
     dtype: Any,
+    counters: int = 0,
 ) -> Slots:
     """Empty slots over a pool: all are done until something is admitted.
 
@@ -120,7 +124,13 @@ def init_slots(
         cfg: the model.
         spec: drafting with the most drafts any step will use.
         dtype: of hidden states.
+        counters: ranks that count their experts' rows; 0 counts nothing.
+
+    Raises:
+        ValueError: the model has no experts to count for.
     """
+    if counters and cfg.moe is None:
+        raise ValueError("the model has no routed experts whose rows could be counted")
     slots = options.draft_limit.shape[0]
     said = None
     if options.logits is not None:
@@ -141,6 +151,9 @@ def init_slots(
         thinking=jnp.zeros(slots, bool),
         options=options,
         said=said,
+        loads=jnp.zeros((counters, cfg.num_moe_layers, cfg.moe.n_routed_experts), jnp.int32)
+        if counters and cfg.moe is not None
+        else None,
     )
 
 

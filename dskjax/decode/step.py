@@ -39,7 +39,7 @@ from dskjax.decode.sampling import distribution, step_uniforms
 from dskjax.decode.slots import RowOptions, Slots
 from dskjax.expert_parallel import Exchange
 from dskjax.model import head
-from dskjax.paged import forward
+from dskjax.paged import forward, forward_counted
 from dskjax.params import Params
 
 NO_THINKING = ThinkIds(None, None)
@@ -170,8 +170,15 @@ def scored_step(
             )
         )
     with jax.named_scope("forward"):
-        hidden, cache = forward(params, state.cache, tuple(parts), cfg=cfg, **config.how)
-    state = dataclasses.replace(state, cache=cache)
+        if state.loads is None:
+            hidden, cache = forward(params, state.cache, tuple(parts), cfg=cfg, **config.how)
+            loads = None
+        else:
+            hidden, cache, loads = forward_counted(
+                params, state.cache, tuple(parts), cfg=cfg, **config.how
+            )
+            loads = state.loads + loads
+    state = dataclasses.replace(state, cache=cache, loads=loads)
     output = scores = None
     decoded = 0 if rows is None else rows.tokens.size
     if prefill is not None:
