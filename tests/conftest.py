@@ -7,6 +7,7 @@ marked `full`.
 
 import os
 import time
+from pathlib import Path
 
 import hypothesis
 import jax
@@ -35,10 +36,26 @@ install_import_hook(["dskjax", "pallas_kernels", "train_mtp", "serve"], "beartyp
 
 _STARTED = pytest.StashKey[float]()
 
+MEMORY_MAPS = Path("/proc/self/maps")
+MOST_MAPS = 25_000
+"""Memory maps of a process from which compiled programs are dropped. Each program for a CPU has
+several, Linux allows 65,530 (vm.max_map_count), and XLA crashes where it gets no more.
+"""
+
+SET_BY_COMMANDS = (
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
+    "jax_default_matmul_precision",
+    "jax_num_cpu_devices",
+    "jax_platforms",
+)
+
 
 @pytest.fixture
 def dskjax(monkeypatch, capsys):
-    """Runs `dskjax ARGS...`; returns (exit code, stdout, stderr)."""
+    """Runs `dskjax ARGS...`; returns (exit code, stdout, stderr). What a command sets for JAX is
+    taken back.
+    """
     from dskjax import cli  # not at the top: that would be before the hook
 
     def run(*args):
@@ -48,7 +65,11 @@ def dskjax(monkeypatch, capsys):
         captured = capsys.readouterr()
         return exit_.value.code or 0, captured.out, captured.err
 
-    return run
+    before = {name: getattr(jax.config, name) for name in SET_BY_COMMANDS}
+    yield run
+    for name, value in before.items():
+        if getattr(jax.config, name) != value:
+            jax.config.update(name, value)
 
 
 def pytest_addoption(parser):
@@ -73,6 +94,15 @@ def pytest_collection_modifyitems(config, items):
             elif needed > gpus:
                 reason = f"needs {needed} GPUs, found {gpus}"
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """After a file: drops compiled programs before there are too many."""
+    if nextitem is not None and nextitem.path == item.path or not MEMORY_MAPS.exists():
+        return
+    if MEMORY_MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
 
 
 def pytest_sessionstart(session):

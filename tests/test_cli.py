@@ -235,12 +235,8 @@ def test_one_line_says_what_is_wrong(dskjax, monkeypatch, tmp_path, arguments, w
 
 @pytest.fixture
 def serve(dskjax, tmp_path):
-    """Runs `dskjax serve ARGS...`, which is to fail; what it set for JAX is taken back."""
-    names = ("compilation_cache_dir", "persistent_cache_min_compile_time_secs")
-    before = {f"jax_{name}": getattr(jax.config, f"jax_{name}") for name in names}
-    yield lambda *args: dskjax("serve", *args, "--cache-dir", tmp_path / "xla")
-    for name, value in before.items():
-        jax.config.update(name, value)
+    """Runs `dskjax serve ARGS...`, which is to fail."""
+    return lambda *args: dskjax("serve", *args, "--cache-dir", tmp_path / "xla")
 
 
 @pytest.fixture
