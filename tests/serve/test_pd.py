@@ -176,14 +176,17 @@ def test_a_request_that_its_first_token_ends_is_not_sent():
 
 # ------------------------------------------------------------------ faults
 
-LIMITS = dict(transfer_timeout=0.5, retries=2)
+LIMITS = dict(transfer_timeout=1.0, retries=2)
+PATIENT = dict(
+    transfer_timeout=30.0, retries=2
+)  # where nothing is lost, a slow machine is no fault
 SCRIPTS = {
     "dropped": [Rule(fault=Fault.DROP)],
     "dropped for ever": [Rule(fault=Fault.DROP, times=100)],
     "corrupted": [Rule(fault=Fault.CORRUPT, times=3)],
     "corrupted for ever": [Rule(fault=Fault.CORRUPT, times=1000)],
     "late": [Rule(fault=Fault.DELAY, seconds=0.1, times=4)],
-    "too late": [Rule(fault=Fault.DELAY, seconds=0.8, times=4)],
+    "too late": [Rule(fault=Fault.DELAY, seconds=1.6, times=4)],
     "twice": [Rule(fault=Fault.DUPLICATE, seconds=0.05, times=4)],
     "twice at once": [Rule(fault=Fault.DUPLICATE, times=4)],
     "overtaken": [Rule(fault=Fault.REORDER, seconds=0.1, times=4)],
@@ -203,7 +206,8 @@ FATAL = {"dropped for ever", "corrupted for ever"}
 def test_a_fault_never_makes_a_wrong_token(name, mode):
     some = asks(6, seed=1)
     faults = Faults([dataclasses.replace(rule) for rule in SCRIPTS[name]])  # they are used up
-    with cluster(PLAIN, 3, layerwise=mode == "layerwise", faults=faults, **LIMITS) as pd:
+    limits = PATIENT if name in HARMLESS else LIMITS
+    with cluster(PLAIN, 3, layerwise=mode == "layerwise", faults=faults, **limits) as pd:
         requests = requests_of(some, f"{name}-{mode}")
         summaries = pd.serve(requests)
         right = check_texts(pd, some, requests, 3)
