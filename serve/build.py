@@ -57,9 +57,8 @@ class Placement(NamedTuple):
     @property
     def sharding(self) -> Any:
         """Whole copies on every device."""
-        if self.split is None:
-            return jax.sharding.SingleDeviceSharding(self.devices[0])
-        return self.split.of(())
+        split = self.split
+        return jax.sharding.SingleDeviceSharding(self.devices[0]) if split is None else split.of(())
 
 
 def place(roles: Sequence[RoleConfig], devices: Sequence[Any]) -> list[Placement]:

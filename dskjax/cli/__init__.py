@@ -34,16 +34,14 @@ def _main(
 ) -> None:
     import jax
 
+    from dskjax.distributed import Membership
+
     if cpu_devices < 0:
         raise ValueError(f"--cpu-devices {cpu_devices} must be 0 or more")
     if cpu_devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", cpu_devices)
-    if "DSKJAX_COORDINATOR" in os.environ:
-        from dskjax.distributed import Membership
-
-        place = Membership.told(os.environ)
-        assert place is not None
+    if (place := Membership.told(os.environ)) is not None:
         place.join()
 
 

@@ -1,7 +1,7 @@
 """What loading costs: memory beside the result, and time against just reading the files.
 
-The figures that count are those of `benchmarks/load_checkpoint.py` on an idle machine, in
-benchmarks/results/load-checkpoint.json.
+The figures of `benchmarks/load_checkpoint.py`, with the load of the machine they were taken on, are
+in benchmarks/results/load-checkpoint.json.
 """
 
 import json
