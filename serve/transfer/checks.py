@@ -68,8 +68,11 @@ class PendingChecks:
 
     def poll(self) -> list[tuple[str, int, bool]]:
         """(transfer id, part index, whether they agree) of each part with both ready, in order."""
-        done = [p for p in self._pending if _ready(p.expected) and _ready(p.actual)]
-        self._pending = [p for p in self._pending if p not in done] if done else self._pending
+        done: list[Pending] = []
+        waiting: list[Pending] = []
+        for one in self._pending:  # in one pass: copies of a part are equal and ready one by one
+            (done if _ready(one.expected) and _ready(one.actual) else waiting).append(one)
+        self._pending = waiting
         return [(p.transfer_id, p.index, int(p.expected) == int(p.actual)) for p in done]
 
     def __len__(self) -> int:
