@@ -110,7 +110,8 @@ def quantise_leaf(weight: Weight, recipe: Recipe) -> QTensor:
 
     def one(matrix: Weight) -> QTensor:
         if isinstance(matrix, QTensor):
-            matrix = dequantise(matrix, jnp.bfloat16)
+            # Rounds to bf16 for certain: XLA for GPUs drops a cast there and back.
+            matrix = jax.lax.reduce_precision(dequantise(matrix), 8, 7)
         return quantise_matrix(matrix, recipe)
 
     stacked = jax.lax.map(one, matrices)

@@ -86,6 +86,10 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("full") and not config.getoption("--full"):
             item.add_marker(pytest.mark.skip(reason="slow or large: runs with --full"))
+        if marker := item.get_closest_marker("devices"):
+            if jax.device_count() < marker.args[0]:
+                reason = f"needs {marker.args[0]} devices, found {jax.device_count()}"
+                item.add_marker(pytest.mark.skip(reason=reason))
         if marker := item.get_closest_marker("gpu"):
             needed = _gpus_wanted(*marker.args, **marker.kwargs)
             if PLATFORM == "cpu":

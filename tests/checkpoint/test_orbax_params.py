@@ -94,6 +94,7 @@ def test_options_are_those_of_load_hf(layers, quantised, saved, tmp_path):
         same(load_params(folder, **options)[0], load_hf(tmp_path / "b", **options)[0])
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize(
     ("name", "layers", "quantised"),
     [

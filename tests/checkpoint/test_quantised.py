@@ -209,24 +209,28 @@ def test_kimi_k2_thinking(tmp_path):
     assert np.array_equal(meaning(experts["down_proj"][0, 1]), made.real[name])
 
 
-SHARDINGS = {
-    name: mesh.preset(name, mesh.make_mesh(dp=2, ep=2, tp=2))
-    for name in ("tensor", "fsdp", "train")
-}
-SHARDINGS |= {
-    "experts": Sharding(mesh.make_mesh(ep=4, tp=2), Rules.make({"experts": "ep", "mlp": "tp"})),
-    "layers": Sharding(mesh.make_mesh(ep=2, tp=4), Rules.make({"layers": "ep", "heads": "tp"})),
+RULES = {
+    "experts": ({"ep": 4, "tp": 2}, {"experts": "ep", "mlp": "tp"}),
+    "layers": ({"ep": 2, "tp": 4}, {"layers": "ep", "heads": "tp"}),
     # 5 rows a device: odd for pairs of rows, and no end of a block of scales
-    "odd": Sharding(mesh.make_mesh(ep=8), Rules.make({"latent": "ep"})),
+    "odd": ({"ep": 8}, {"latent": "ep"}),
 }
 
 
+def placement(name):
+    if name not in RULES:
+        return mesh.preset(name, mesh.make_mesh(dp=2, ep=2, tp=2))
+    axes, rules = RULES[name]
+    return Sharding(mesh.make_mesh(**axes), Rules.make(rules))
+
+
+@pytest.mark.devices(8)
 @pytest.mark.parametrize("name", ["fp8", "int4", "row pairs"])
-@pytest.mark.parametrize("sharding", SHARDINGS)
+@pytest.mark.parametrize("sharding", ["tensor", "fsdp", "train", *RULES])
 def test_a_mesh_holds_the_same(name, sharding, tmp_path):
     """Trunk and MTP modules; presets and rules that cut where blocks, groups and pairs do not."""
     write(tmp_path, CASES[name], files=3)
-    placed = SHARDINGS[sharding]
+    placed = placement(sharding)
     plain, cfg = load_hf(tmp_path)
     found, _ = load_hf(tmp_path, sharding=placed)
     same_leaves(found, plain)
@@ -235,19 +239,21 @@ def test_a_mesh_holds_the_same(name, sharding, tmp_path):
     assert any(not array.sharding.is_fully_replicated for array in jax.tree.leaves(found))
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize("quantised", ["keep", "dequantise"])
 def test_a_mesh_holds_separate_layers(quantised, tmp_path):
     write(tmp_path, CASES["w4afp8"], files=3)
     options = {"layers": "separate", "quantised": quantised}
     plain, _ = load_hf(tmp_path, **options)
-    found, _ = load_hf(tmp_path, sharding=SHARDINGS["train"], **options)
+    found, _ = load_hf(tmp_path, sharding=placement("train"), **options)
     same_leaves(found, plain)
     assert found["mtp_layers"][1]["block"]["mlp"]["gate"]["weight"].sharding.mesh.size == 8
 
 
+@pytest.mark.devices(8)
 def test_scales_are_split_where_parts_end_between_blocks(tmp_path):
     write(tmp_path, CASES["fp8"])
-    tensor = SHARDINGS["tensor"]
+    tensor = placement("tensor")
     params, _ = load_hf(tmp_path, sharding=tensor)
     gate_up = params["moe_layers"]["mlp"]["experts"]["gate_up_proj"]  # 64 rows, 2 x 2 blocks of 16
     spec = tensor.of((None, None, None, "mlp", None)).spec
@@ -257,6 +263,7 @@ def test_scales_are_split_where_parts_end_between_blocks(tmp_path):
     assert down.scales.sharding.is_fully_replicated
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize(
     ("name", "sharding", "chunk"),
     [
@@ -268,7 +275,7 @@ def test_scales_are_split_where_parts_end_between_blocks(tmp_path):
 def test_devices_that_are_not_the_host_get_the_same(name, sharding, chunk, tmp_path, monkeypatch):
     """What a GPU gets: arrays of the device, updated in place, if need be in pieces."""
     write(tmp_path, CASES[name], files=3)
-    options: dict[str, Any] = {"sharding": sharding and SHARDINGS[sharding]}
+    options: dict[str, Any] = {"sharding": sharding and placement(sharding)}
     options["quantised"] = "keep" if CASES[name].keeps else "dequantise"
     expected, _ = load_hf(tmp_path, **options)
     places, update = set(), buffers._update
@@ -289,6 +296,7 @@ def test_devices_that_are_not_the_host_get_the_same(name, sharding, chunk, tmp_p
         assert a.sharding == b.sharding
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize(("quantised", "chunk"), [("keep", 900), ("dequantise", 3500)])
 @pytest.mark.parametrize("name", ["fp8", "int4", "row pairs"])
 def test_rows_in_pieces_are_the_same_rows(name, quantised, chunk, tmp_path, monkeypatch):
@@ -305,7 +313,7 @@ def test_rows_in_pieces_are_the_same_rows(name, quantised, chunk, tmp_path, monk
     load_hf(tmp_path, quantised=quantised)
     monkeypatch.setattr(leaves, "_CHUNK", chunk)
     same_leaves(load_hf(tmp_path, quantised=quantised)[0], expected)
-    placed = load_hf(tmp_path, quantised=quantised, sharding=SHARDINGS["odd"])[0]
+    placed = load_hf(tmp_path, quantised=quantised, sharding=placement("odd"))[0]
     same_leaves(placed, expected)
     whole, pieces, _ = map(len, jobs)
     assert pieces > 1.5 * whole

@@ -18,6 +18,7 @@ from tests.checkpoint.build import random_params, same_bits, tiny_config
 BF16 = ml_dtypes.bfloat16
 
 
+@pytest.mark.devices(8)
 def test_sharded_params_are_saved_as_they_are(tmp_path):
     cfg = ModelConfig.from_hf(tiny_config())
     params = random_params(cfg, BF16)

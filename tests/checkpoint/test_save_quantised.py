@@ -44,6 +44,7 @@ def test_loading_gives_the_same_bits(name, tmp_path):
     same(found, params)
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize("name", ["w4afp8", "int4"])
 def test_separate_and_sharded_params_make_the_same_files(name, tmp_path):
     kinds, scales = CASES[name]

@@ -120,6 +120,7 @@ def test_milestones_are_kept(tmp_path):
             Store(tmp_path, **options)
 
 
+@pytest.mark.devices(8)
 def test_a_state_moves_between_shardings(tmp_path):
     params, specs = some_params(), model.param_specs(CFG)
     specs = {

@@ -25,7 +25,7 @@ from tests.tolerances import MODEL, OP
 TOKENS = np.random.default_rng(8).integers(0, CFG.vocab_size, (3, 17), np.int32)
 IMPLS = ("reference", "xla")
 PARTS = ("hidden", "logits", "experts", "h^1", "MTP logits", "MTP experts")
-needs_8 = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+needs_8 = pytest.mark.devices(8)
 
 
 @functools.cache

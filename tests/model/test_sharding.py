@@ -14,7 +14,7 @@ from pallas_kernels.testing import assert_close
 from tests.model.common import Pages, ragged, run_apply, run_forward, run_head, run_trunk, tiny
 from tests.tolerances import MODEL
 
-needs_8 = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+needs_8 = pytest.mark.devices(8)
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-needs_8 = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+needs_8 = pytest.mark.devices(8)
 AXIS = "ep"
 
 
