@@ -231,7 +231,9 @@ def read_all(folder: Path, buffer: bytearray) -> None:
 
 
 def peak_memory(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """Largest RssAnon of a load beyond what was there before and the result, in bytes."""
+    """Largest RssAnon of a load beyond what was there before and the part of the result that is in
+    the host's memory, in bytes.
+    """
     jax.block_until_ready(jax.device_put(np.zeros(8)))  # the backend's own memory comes first
     before = rss_anon()
     largest, done = before, threading.Event()
@@ -246,11 +248,17 @@ def peak_memory(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     params, _ = load_hf(folder, **options)
     done.set()
     watcher.join()
-    result = sum(array.nbytes for array in jax.tree.leaves(params))
+    arrays = jax.tree.leaves(params)
+    in_host = sum(array.nbytes for array in arrays if is_on_host(array))
     return {
-        "result_bytes": result,
-        "peak_anon_above_result_bytes": max(largest, rss_anon()) - before - result,
+        "result_bytes": sum(array.nbytes for array in arrays),
+        "peak_anon_above_result_bytes": max(largest, rss_anon()) - before - in_host,
     }
+
+
+def is_on_host(array: jax.Array) -> bool:
+    """Whether an array lies in the memory of this process."""
+    return all(device.platform == "cpu" for device in array.sharding.device_set)
 
 
 def rss_anon() -> int:
