@@ -3,6 +3,7 @@
 #   make demo        a prefill and a decode engine serve the shipped small model; runs/demo/demo.png
 #   make test        lint, types, and the tests on 8 simulated CPU devices
 #   make test-full   the same with the slow tests; writes benchmarks/results/test-full.json
+#   make aot         compile the GPU kernels for an H100 without one; fails if they spill more
 #   make lint        ruff, ruff format --check, type checker
 #   make format      let ruff fix and format
 #   make hooks       run lint before each git commit
@@ -17,7 +18,7 @@ WORKERS ?= $(if $(filter gpu,$(DSKJAX_TEST_PLATFORM)),0,2)
 ARGS ?=
 export LOCK PYTHON
 
-.PHONY: help setup demo test test-full lint format hooks lock clean
+.PHONY: help setup demo test test-full aot lint format hooks lock clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -43,6 +44,10 @@ test: lint
 test-full: export DSKJAX_TEST_STARTED := $(shell date +%s)
 test-full: lint
 	@$(BIN)/python scripts/test_full.py -n $(WORKERS) --dist worksteal $(ARGS)
+
+# An environment of its own, build/aot/venv or AOT_VENV; make aot ARGS=--record records anew.
+aot:
+	@scripts/aot.sh $(ARGS)
 
 format: setup
 	@$(BIN)/ruff check --fix

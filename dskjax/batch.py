@@ -9,7 +9,12 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import MlaDecodePlan, MlaPrefillPlan, plan_mla_decode
+from pallas_kernels import (
+    MlaDecodePlan,
+    MlaPrefillPlan,
+    plan_mla_decode,
+    schedule_mla_decode,
+)
 
 Form = Literal["absorbed", "expanded"]
 
@@ -90,9 +95,9 @@ class BatchPlan:
     prefill: MlaPrefillPlan | None
 
 
-def plan_batch(batch: RaggedBatch, page_size: int) -> BatchPlan:
+def plan_batch(batch: RaggedBatch, page_size: int, heads: int | None = None) -> BatchPlan:
     """Computes the bookkeeping of one step. Rows past the page table's width are dropped rather
-    than written astray.
+    than written astray. With the number of query heads, GPU kernels need no plan in each layer.
     """
     ends, lens, queries = batch.cached_lens, batch.query_lens, batch.queries
     if lens is not None and queries is not None:
@@ -102,6 +107,8 @@ def plan_batch(batch: RaggedBatch, page_size: int) -> BatchPlan:
         row = jnp.arange(batch.num_tokens, dtype=jnp.int32) % queries
         shown = jnp.where(row < lens[decode.token_seq], decode.visible, 0)
         decode = dataclasses.replace(decode, visible=shown)
+    if heads is not None and batch.form == "absorbed":
+        decode = schedule_mla_decode(decode, batch.page_table, heads)
     position = decode.visible - 1
     real = position >= 0
     positions = jnp.where(real, position, 0)

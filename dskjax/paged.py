@@ -42,7 +42,8 @@ class _Step:
 
 def _step(batch: Batch, cache: LatentCache, cfg: ModelConfig) -> _Step:
     parts = (batch,) if isinstance(batch, RaggedBatch) else batch
-    plans = tuple(plan_batch(part, cache.page_size) for part in parts)
+    heads = cfg.num_attention_heads
+    plans = tuple(plan_batch(part, cache.page_size, heads) for part in parts)
     positions = jnp.concatenate([plan.positions for plan in plans])
     tables = rope_tables(positions, cfg.mla.qk_rope_head_dim, cfg.rope)
     token_ids = jnp.concatenate([part.token_ids for part in parts])

@@ -8,6 +8,7 @@ while tracing and costs nothing at run time.
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -26,6 +27,55 @@ def on_gpu_only(*_: Any, **__: Any) -> str | None:
     preferred.
     """
     return None if jax.default_backend() == "gpu" else "auto uses the reference on a CPU"
+
+
+H100_SMS = 132
+"""Streaming multiprocessors of an H100 or H200 (SXM)."""
+
+
+def no_hopper() -> str | None:
+    """Why the default device cannot run kernels for Hopper, or None."""
+    if jax.default_backend() != "gpu":
+        return "needs an H100 or H200"
+    device = jax.devices()[0]
+    capability = getattr(device, "compute_capability", None)
+    if capability != "9.0":
+        return f"needs compute capability 9.0 (H100, H200), {device.device_kind} has {capability}"
+    return None
+
+
+def no_ada() -> str | None:
+    """Why the default device cannot run kernels in Triton that make e4m3, or None."""
+    if jax.default_backend() != "gpu":
+        return "needs an NVIDIA GPU of compute capability 8.9 or more"
+    device = jax.devices()[0]
+    capability = str(getattr(device, "compute_capability", None))
+    if not capability.replace(".", "").isdecimal() or float(capability) < 8.9:
+        return f"needs compute capability 8.9 or more, {device.device_kind} has {capability}"
+    return None
+
+
+def too_large(*shapes: tuple[int, ...]) -> str | None:
+    """Why kernels in Triton, whose offsets have 32 bits, cannot take arrays of these shapes."""
+    for shape in shapes:
+        if math.prod(shape) >= 2**31:
+            return f"needs arrays of fewer than {2**31} elements, not of {shape}"
+    return None
+
+
+def whole_arrays_only(*_: Any, **__: Any) -> str | None:
+    """`auto` of kernels that XLA cannot partition: where it may split arrays between devices it
+    would gather them first. Within `shard_map` they are a device's own.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if jax.device_count() == 1 or mesh.are_all_axes_manual and mesh.size > 1:
+        return None
+    return f"{jax.device_count()} devices may share an array here: ask for it by name"
+
+
+def count_sms() -> int:
+    """Streaming multiprocessors of the default device; an H100's where there is no GPU."""
+    return getattr(jax.devices()[0], "core_count", H100_SMS)
 
 
 def anywhere(*_: Any, **__: Any) -> str | None:

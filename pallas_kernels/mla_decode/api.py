@@ -1,16 +1,62 @@
 """Contract of `mla_decode`: attention of absorbed queries over the paged latent cache."""
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.latent_cache import LatentCache
 from pallas_kernels.mla_decode import reference, xla
-from pallas_kernels.mla_decode.plan import MlaDecodePlan, plan_mla_decode
-from pallas_kernels.select import Implementation, choose, on_gpu_only
+from pallas_kernels.mla_decode.plan import MlaDecodePlan, plan_mla_decode, with_work
+from pallas_kernels.mla_decode.work import TILE
+from pallas_kernels.select import Implementation, choose, count_sms, no_hopper, on_gpu_only
 
-__all__ = ["IMPLEMENTATIONS", "MlaDecodePlan", "mla_decode", "plan_mla_decode"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "MlaDecodePlan",
+    "mla_decode",
+    "plan_mla_decode",
+    "schedule_mla_decode",
+]
+
+
+def hopper_refusal(
+    q_latent: jax.Array, q_rope: jax.Array, cache: LatentCache, *_: Any
+) -> str | None:
+    """Why the kernel for Hopper cannot take these arguments (on such a device), or None."""
+    heads, latent, rope = q_latent.shape[1], q_latent.shape[2], q_rope.shape[2]
+    if heads % TILE and heads not in (8, 16, 32):
+        return f"needs 8, 16, 32 or a multiple of {TILE} heads, not {heads}"
+    if cache.page_size != TILE:
+        return f"needs pages of {TILE} tokens, not {cache.page_size}"
+    if latent % 128 or latent > 512 or rope != 64:
+        return f"needs up to 512 latent channels, in 128s, and 64 of rope, not {latent} and {rope}"
+    if q_latent.dtype != jnp.bfloat16 or cache.rope.dtype != jnp.bfloat16:
+        return f"needs bfloat16 queries and rope, not {q_latent.dtype} and {cache.rope.dtype}"
+    wanted = jnp.bfloat16 if cache.scale is None else jnp.float8_e4m3fn
+    if cache.latent.dtype != wanted:
+        return f"needs a latent of bfloat16, or float8_e4m3fn with scales, not {cache.latent.dtype}"
+    return None
+
+
+def _supports_mosaic_sm90(*args: Any) -> str | None:
+    return no_hopper() or hopper_refusal(*args)
+
+
+def _mosaic_sm90(*args: Any, scale: float) -> tuple[jax.Array, jax.Array]:
+    # Not at the top: importing the compiler behind it takes a second or more.
+    from pallas_kernels.mla_decode import mosaic_sm90
+
+    return mosaic_sm90.mla_decode(*args, scale=scale)
+
+
+def _by_name_only(*_: Any) -> str | None:
+    return "it has only been interpreted and compiled so far: ask for it by name"
+
 
 IMPLEMENTATIONS = (
+    Implementation("mosaic_sm90", _mosaic_sm90, auto=_by_name_only, supports=_supports_mosaic_sm90),
     Implementation("xla", xla.mla_decode, auto=on_gpu_only),
     Implementation("reference", reference.mla_decode),
 )
@@ -45,9 +91,11 @@ def mla_decode(
         page_table: i32 page ids; entries beyond a sequence's pages may be any number.
         cached_lens: i32, 0 for an idle sequence.
         query_starts: i32, first row of each sequence; rows past query_starts[-1] are padding.
-        plan: from `plan_mla_decode`, once a step; made here when absent.
+        plan: from `plan_mla_decode` and `schedule_mla_decode`, once a step; made here when absent.
         scale: softmax scale.
-        impl: "auto", "reference" or "xla".
+        impl: "auto", "reference", "xla" or "mosaic_sm90" (H100 and H200; pages of 64 tokens, bf16
+            queries, a bf16 or fp8 cache; one device or whole copies on each: it is not partitioned
+            by itself).
 
     Returns:
         out [T, H, C] in the query dtype, and lse [T, H] float32 natural log-sum-exp. A row that
@@ -59,3 +107,17 @@ def mla_decode(
     run = choose("mla_decode", impl, IMPLEMENTATIONS, *args)
     with jax.named_scope("mla_decode"):
         return run(*args, scale=scale)
+
+
+def schedule_mla_decode(
+    plan: MlaDecodePlan, page_table: Int[Array, "B W"], heads: int
+) -> MlaDecodePlan:
+    """Adds to a plan what the kernels of this device need to know beforehand; nothing where there
+    are none. Saves making it in every layer.
+
+    Args:
+        plan: with its final `visible`.
+        page_table: as for the op.
+        heads: query heads of the op.
+    """
+    return plan if no_hopper() else with_work(plan, page_table, heads, count_sms())

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -37,6 +38,8 @@ class Case(BaseCase):
         num_pages: pages of the pool; two more than needed when None.
         kv: "auto" stores latents in the compute dtype, "fp8" as e4m3 with a scale per token and
             128 channels.
+        sharpness: what the queries are multiplied with; a large one makes softmax almost one-hot,
+            and maxima that grow from page to page.
     """
 
     lens: tuple[int, ...]
@@ -51,13 +54,12 @@ class Case(BaseCase):
     width: int | None = None
     num_pages: int | None = None
     kv: Literal["auto", "fp8"] = "auto"
+    sharpness: float = 1.0
 
     def make(self, seed: int, poison: bool = False) -> dict[str, Any]:
         """Arguments of `mla_decode`; NaN or garbage in everything it may not use when poisoned."""
         rng = self.rng(seed)
-        pages = [-(-length // self.page_size) for length in self.lens]
-        num_pages = self.num_pages or sum(pages) + 2
-        width = self.width or max(pages) + 1
+        width, num_pages = self.table
         table = page_table(
             rng, self.lens, self.page_size, width=width, num_pages=num_pages, poison=poison
         )
@@ -65,8 +67,9 @@ class Case(BaseCase):
         latent = normal(rng, self.layers, num_pages, self.page_size, self.latent)
         rope = normal(rng, self.layers, num_pages, self.page_size, self.rope)
         tokens = sum(self.queries)
-        q_latent = normal(rng, tokens + self.padding, self.heads, self.latent)
-        q_rope = normal(rng, tokens + self.padding, self.heads, self.rope)
+        sharpness = np.float32(self.sharpness)
+        q_latent = sharpness * normal(rng, tokens + self.padding, self.heads, self.latent)
+        q_rope = sharpness * normal(rng, tokens + self.padding, self.heads, self.rope)
         if poison:
             unused = ~used_slots(table, self.lens, self.page_size, num_pages)
             for pool in (latent, rope):
@@ -86,8 +89,43 @@ class Case(BaseCase):
             "plan": plan_mla_decode(lens, starts, tokens, queries=self.queries[0])
             if self.uniform
             else None,
-            "scale": 1.5 * (self.latent + self.rope) ** -0.5,
+            "scale": self.scale,
         }
+
+    def abstract(self) -> dict[str, Any]:
+        """Shapes and types of `make`'s arguments, the layer traced and without a plan."""
+        tokens, sequences = sum(self.queries) + self.padding, len(self.lens)
+        width, num_pages = self.table
+        fp8 = self.kv == "fp8"
+        shape = jax.ShapeDtypeStruct
+
+        def pool(channels: int, dtype: Any) -> Any:
+            return shape((self.layers, num_pages, self.page_size, channels), dtype)
+
+        return {
+            "q_latent": shape((tokens, self.heads, self.latent), self.dtype),
+            "q_rope": shape((tokens, self.heads, self.rope), self.dtype),
+            "cache": LatentCache(
+                pool(self.latent, jnp.float8_e4m3fn if fp8 else self.dtype),
+                pool(self.rope, self.dtype),
+                pool(-(-self.latent // 128), jnp.float32) if fp8 else None,
+            ),
+            "layer": shape((), jnp.int32),
+            "page_table": shape((sequences, width), jnp.int32),
+            "cached_lens": shape((sequences,), jnp.int32),
+            "query_starts": shape((sequences + 1,), jnp.int32),
+        }
+
+    @property
+    def scale(self) -> float:
+        """Softmax scale."""
+        return 1.5 * (self.latent + self.rope) ** -0.5
+
+    @property
+    def table(self) -> tuple[int, int]:
+        """Columns of the page table and pages of the pool."""
+        pages = [-(-length // self.page_size) for length in self.lens]
+        return self.width or max(pages) + 1, self.num_pages or sum(pages) + 2
 
     def _cache(self, latent: np.ndarray, rope: np.ndarray) -> LatentCache:
         if self.kv == "auto":
@@ -96,17 +134,22 @@ class Case(BaseCase):
         return LatentCache(q.values, self.array(rope), q.scales)
 
 
-def _deepseek_v3(
-    name: str, *, lens: tuple[int, ...], queries: int, kv: Literal["auto", "fp8"] = "auto"
+def _bench(
+    name: str,
+    *,
+    lens: tuple[int, ...],
+    queries: int,
+    heads: int = 128,
+    kv: Literal["auto", "fp8"] = "auto",
 ) -> Case:
     return Case(
-        name=f"deepseek-v3 {name}",
+        name=name,
         tags=("bench",),
         dtype="bfloat16",
         lens=lens,
         queries=(queries,) * len(lens),
         uniform=True,
-        heads=128,
+        heads=heads,
         latent=512,
         rope=64,
         page_size=64,
@@ -115,9 +158,87 @@ def _deepseek_v3(
     )
 
 
+def _even(batch: int, length: int, queries: int, **sizes: Any) -> Case:
+    extra = "".join(f" {v} heads" if k == "heads" else f" {v}" for k, v in sizes.items())
+    name = f"b{batch} kv{length} q{queries}{extra}"
+    return _bench(name, lens=(length,) * batch, queries=queries, **sizes)
+
+
 # The CI cases share as many shapes as they can: compiling takes longer than running them.
 _EDGES: dict[str, Any] = {"queries": (1,) * 7, "page_size": 64, "width": 3, "num_pages": 10}
 _MIXED: dict[str, Any] = {"page_size": 4, "padding": 3, "width": 10, "num_pages": 56}
+
+# What the Hopper kernels take; other implementations run them too.
+_HOPPER_SIZES: dict[str, Any] = {
+    "heads": 64,
+    "latent": 128,
+    "rope": 64,
+    "page_size": 64,
+    "layers": 2,
+    "dtype": "bfloat16",
+}
+_HOPPER = tuple(
+    Case(name=f"hopper {name}", **{**_HOPPER_SIZES, **sizes})
+    for name, sizes in {
+        "edges": {"lens": (1, 63, 64, 65, 0, 200), "queries": (1,) * 6, "uniform": True},
+        "128 heads": {
+            "lens": (900, 77, 1),
+            "queries": (1,) * 3,
+            "uniform": True,
+            "heads": 128,
+            "sharpness": 4.0,
+        },
+        "verify": {
+            "lens": (300, 77, 2, 64, 0, 130),
+            "queries": (3,) * 6,
+            "uniform": True,
+            "heads": 16,
+            "sharpness": 4.0,
+        },
+        "six": {
+            "tags": ("full",),
+            "lens": (3, 133, 900),
+            "queries": (6,) * 3,
+            "uniform": True,
+            "latent": 256,
+        },
+        "ragged": {"lens": (70, 0, 9, 129), "queries": (1, 2, 3, 2), "heads": 32, "padding": 3},
+        "real": {
+            "tags": ("full",),
+            "lens": (513, 64, 0, 190),
+            "queries": (2,) * 4,
+            "uniform": True,
+            "heads": 128,
+            "latent": 512,
+            "sharpness": 4.0,
+        },
+        "real fp8": {
+            "tags": ("full",),
+            "lens": (190, 400),
+            "queries": (1,) * 2,
+            "uniform": True,
+            "heads": 128,
+            "latent": 512,
+            "kv": "fp8",
+            "sharpness": 4.0,
+        },
+        "fp8": {
+            "lens": (65, 0, 2, 700),
+            "queries": (2,) * 4,
+            "uniform": True,
+            "latent": 256,
+            "kv": "fp8",
+        },
+        "fp8 peaked": {
+            "tags": ("full",),
+            "lens": (200, 64, 140),
+            "queries": (1,) * 3,
+            "uniform": True,
+            "kv": "fp8",
+            "sharpness": 4.0,
+        },
+    }.items()
+)
 
 CASES = (
     Case(name="one token", lens=(1,), queries=(1,), page_size=4),
@@ -149,13 +270,22 @@ CASES = (
         page_size=64,
         dtype="bfloat16",
     ),
-    _deepseek_v3("b1 kv32768", lens=(32768,), queries=1),
-    _deepseek_v3("b128 kv4096 q1", lens=(4096,) * 128, queries=1),
-    _deepseek_v3("b128 kv4096 q2", lens=(4096,) * 128, queries=2),
-    _deepseek_v3("b128 kv4096 q3", lens=(4096,) * 128, queries=3),
-    _deepseek_v3("b128 kv4096 q1 fp8", lens=(4096,) * 128, queries=1, kv="fp8"),
-    _deepseek_v3(
-        "b64 kv256-16384", lens=tuple(256 * (1 + i % 64) for i in range(0, 512, 8)), queries=1
+    *_HOPPER,
+    # 128 heads: DeepSeek-V3; 64: Kimi-K2, or V3 in two-way tensor parallelism; 16: V2-Lite, or V3
+    # in eight-way.
+    _even(1, 32768, 1),
+    *(_even(32, 8192, q) for q in (1, 2)),
+    *(_even(128, 4096, q) for q in (1, 2, 3, 4)),
+    *(_even(256, 1024, q) for q in (1, 2)),
+    _bench(
+        "b64 kv256-16384 q1", lens=tuple(256 * (1 + i % 64) for i in range(0, 512, 8)), queries=1
     ),
+    *(_even(128, 4096, q, kv="fp8") for q in (1, 2)),
+    _even(32, 8192, 1, kv="fp8"),
+    _even(256, 1024, 1, kv="fp8"),
+    *(_even(128, 4096, q, heads=64) for q in (1, 2)),
+    _even(128, 4096, 1, heads=16),
+    _even(128, 4096, 4, heads=16),
+    _even(128, 4096, 1, heads=16, kv="fp8"),
 )
 CI, FULL, BENCH = tagged(CASES, "ci"), tagged(CASES, "full"), tagged(CASES, "bench")

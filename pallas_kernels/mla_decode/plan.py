@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from pallas_kernels.mla_decode.work import TILE, Work, share_out
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -20,11 +22,13 @@ class MlaDecodePlan:
         token_seq: i32 [T], the sequence a query row belongs to (0 for rows past the last sequence).
         visible: i32 [T], how many cached rows of its sequence the query sees; 0 or less for empty
             rows.
+        work: who attends to what, from `with_work`; only GPU kernels need it.
         queries: query rows per sequence when all have the same number, else None.
     """
 
     token_seq: jax.Array
     visible: jax.Array
+    work: Work | None = None
     queries: int | None = dataclasses.field(default=None, metadata={"static": True})
 
 
@@ -52,5 +56,24 @@ def plan_mla_decode(
     lens = query_starts[1:] - query_starts[:-1]
     visible = cached_lens[seq] - lens[seq] + (rows - query_starts[seq]) + 1
     return MlaDecodePlan(
-        seq, jnp.where(rows < query_starts[-1], visible, 0).astype(jnp.int32), queries
+        seq, jnp.where(rows < query_starts[-1], visible, 0).astype(jnp.int32), queries=queries
     )
+
+
+def with_work(
+    plan: MlaDecodePlan, page_table: Int[Array, "B W"], heads: int, sms: int
+) -> MlaDecodePlan:
+    """Adds the list of work of the GPU kernels.
+
+    Args:
+        plan: with its final `visible`; without `queries` each row becomes a group of its own.
+        page_table: as for the op.
+        heads: query heads of the op.
+        sms: thread blocks that run at the same time.
+    """
+    queries, pages = plan.queries, page_table
+    if queries is None:
+        queries, pages = 1, page_table[plan.token_seq]
+    visible = plan.visible.reshape(-1, queries)
+    row_tiles = -(-queries * heads // TILE)
+    return dataclasses.replace(plan, work=share_out(visible, pages, row_tiles=row_tiles, sms=sms))

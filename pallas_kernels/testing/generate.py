@@ -117,14 +117,18 @@ def starts_of(sizes: Sequence[int]) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
 
 
-Load = Literal["even", "skewed", "one", "few", "none"]
-"""How rows spread: about equally, by a power law, all on one, on a quarter of all, nowhere."""
+Load = Literal["even", "equal", "skewed", "one", "few", "none"]
+"""How rows spread: about equally, equally, by a power law, all on one, on a quarter of all,
+nowhere.
+"""
 
 
 def group_sizes(rng: np.random.Generator, rows: int, experts: int, load: Load) -> np.ndarray:
-    """int32 [experts] that sums to `rows` (to 0 for "none")."""
+    """int32 [experts] that sums to `rows` (to 0 for "none"; "equal" wants a multiple)."""
     if load == "none":
         return np.zeros(experts, np.int32)
+    if load == "equal":
+        return np.full(experts, rows // experts, np.int32)
     p = np.ones(experts)
     if load == "skewed":
         p = 1.0 / np.arange(1, experts + 1) ** 1.2

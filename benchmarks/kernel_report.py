@@ -1,0 +1,104 @@
+"""docs/kernels.md and its plot from the result files of `benchmarks.kernels`.
+
+    python -m benchmarks.kernel_report benchmarks/results/kernels-*.json --out docs/kernels.md
+
+Replaces what is between the two marks of the file and leaves the rest, which is written by hand.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+
+
+def main() -> None:
+    """Reads the files, writes the tables and the plot."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    results = [json.loads(path.read_text()) for path in args.results]
+    text = args.out.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        parser.error(f"{args.out} must hold the lines {BEGIN!r} and {END!r} once each")
+    head, tail = text.split(BEGIN)[0], text.split(END)[1]
+    picture = args.out.with_suffix(".png")
+    draw(results, picture)
+    body = "\n\n".join(map(tables, results))
+    args.out.write_text(f"{head}{BEGIN}\n\n{body}\n\n![]({picture.name})\n\n{END}{tail}")
+    print(f"wrote {args.out} and {picture}")
+
+
+def tables(result: dict[str, Any]) -> str:
+    """One op: how it was measured, and a row for each case and implementation."""
+    before, after = result["ceilings"], result["ceilings_after"]
+    ceilings = ", ".join(f"{name} {before[name]:.0f} / {after[name]:.0f}" for name in before)
+    rows = [
+        f"| {row['case']} | {row['impl']} | {spread(row)} | {100 * row['part_of_floor']:.0f} % "
+        f"| {others(row)} | {max(row['errors'].values()):.1e} |"
+        for row in measured(result)
+    ]
+    failed = [f"- {r['case']}, {r['impl']}: {r['failed']}" for r in result["rows"] if "failed" in r]
+    return "\n".join(
+        [
+            f"### {result['op']}",
+            "",
+            f"{result['device']}, jax {result['versions']['jax']}, {result['date'][:10]}, commit "
+            f"{result['commit'][:8]}. Ceilings before / after: {ceilings}.",
+            "",
+            "| case | implementation | us, median (5 % - 95 %) | of the floor | others, us "
+            "| largest error |",
+            "|---|---|---|---|---|---|",
+            *rows,
+            *(["", "Failed:", "", *failed] if failed else []),
+        ]
+    )
+
+
+def measured(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Rows with a time."""
+    return (row for row in result["rows"] if "part_of_floor" in row)
+
+
+def spread(row: dict[str, Any]) -> str:
+    """Of the kernels, or of the wall clock where those are not known."""
+    us = row["kernels_us"] or row["wall_us"]
+    return f"{us['median']:.1f} ({us['p5']:.1f} - {us['p95']:.1f})"
+
+
+def others(row: dict[str, Any]) -> str:
+    """Times of other people's kernels in another run."""
+    return ", ".join(f"{name} {us:g}" for name, us in row["others_us"].items())
+
+
+def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Part of the floor: ours as bars, others' (scaled to the same ceilings) as marks."""
+    rows = [(result["op"], row) for result in results for row in measured(result)]
+    figure = Figure(figsize=(11, 1 + 0.24 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    ours = [100 * row["part_of_floor"] for _, row in rows]
+    axes.barh(range(len(rows)), ours, color="#4477aa", label="dskjax")
+    marks: dict[str, list[tuple[float, int]]] = {}
+    for at, (_, row) in enumerate(rows):
+        for name, us in row["others_scaled_to_these_ceilings_us"].items():
+            marks.setdefault(name, []).append((100 * row["floor_us"] / us, at))
+    for (name, points), marker in zip(marks.items(), "o^sDvP*X<>" * 2, strict=False):
+        axes.plot(*zip(*points, strict=True), marker, markersize=5, label=name)
+    labels = [f"{op}  {row['case']}  {row['impl']}" for op, row in rows]
+    axes.set_yticks(range(len(rows)), labels, fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("% of the floor: the time the card's ceilings, measured beside, would need")
+    axes.axvline(100, color="black", linewidth=0.8)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
