@@ -1,21 +1,84 @@
 """Contract of `grouped_matmul`: rows sorted by expert times that expert's weight."""
 
+import math
+from types import ModuleType
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.grouped_matmul import reference, xla
+from pallas_kernels.grouped_matmul.packed_int4 import PackedInt4
 from pallas_kernels.quant import QTensor
-from pallas_kernels.select import Implementation, choose, on_gpu_only
+from pallas_kernels.select import Implementation, choose, no_hopper, on_gpu_only
+
+
+def hopper_refusal(
+    x: jax.Array | QTensor, w: jax.Array | QTensor | PackedInt4, *_: Any
+) -> str | None:
+    """Why the kernels for Hopper cannot take these arguments (on such a device), or None."""
+    if not isinstance(x, QTensor) or not isinstance(w, QTensor | PackedInt4):
+        return "needs a quantized x and w"
+    refusal = _packed_refusal(x, w) if isinstance(w, PackedInt4) else _fp8_refusal(x, w)
+    if refusal:
+        return refusal
+    if not x.shape[0] or not w.shape[0]:
+        return f"needs rows and experts, not {x.shape[0]} and {w.shape[0]}"
+    if x.scales.dtype != jnp.float32 or w.scales.dtype != jnp.float32:
+        return f"needs float32 scales, not {x.scales.dtype} and {w.scales.dtype}"
+    return None
+
+
+def _fp8_refusal(x: QTensor, w: QTensor) -> str | None:
+    wanted = (("e4m3", (1, 128)), ("e4m3", (128, 128)))
+    got = ((x.format, x.block), (w.format, w.block))
+    if got != wanted:
+        hint = "; int4 w must be packed, see `pack`" if w.format == "int4" else ""
+        return (
+            f"needs (format, block) {wanted[0]} of x and {wanted[1]} of w, not {got[0]}, {got[1]}"
+            + hint
+        )
+    if w.shape[-2] % 128 or w.shape[-1] % 128:
+        return f"needs multiples of 128 outputs and inputs, not {w.shape[-2]} and {w.shape[-1]}"
+    return None
+
+
+def _packed_refusal(x: QTensor, w: PackedInt4) -> str | None:
+    wanted, got = ("e4m3", (1, w.shape[-1])), (x.format, x.block)
+    if got != wanted:
+        return f"needs (format, block) {wanted} of x where w is packed int4, not {got}"
+    if (outputs := math.prod(w.shape[1:-1])) % 128:
+        return f"needs a multiple of 128 outputs, not {outputs}"
+    return None
+
+
+def _supports_mosaic_sm90(*args: Any) -> str | None:
+    return no_hopper() or hopper_refusal(*args)
+
+
+def _mosaic_sm90(x: Any, w: Any, group_sizes: jax.Array) -> jax.Array:
+    return hopper_kernel(w).grouped_matmul(x, w, group_sizes)
+
+
+def hopper_kernel(w: QTensor | PackedInt4) -> ModuleType:
+    """The module of the kernel for Hopper that takes such weights."""
+    # Not at the top: importing the compiler behind it takes a second or more.
+    from pallas_kernels.grouped_matmul import mosaic_sm90_fp8, mosaic_sm90_w4a8
+
+    return mosaic_sm90_w4a8 if isinstance(w, PackedInt4) else mosaic_sm90_fp8
+
 
 IMPLEMENTATIONS = (
+    Implementation("mosaic_sm90", _mosaic_sm90, supports=_supports_mosaic_sm90),
     Implementation("xla", xla.grouped_matmul, auto=on_gpu_only),
     Implementation("reference", reference.grouped_matmul),
 )
 
 
 def grouped_matmul(
-    x: Float[Array, "M K"],
-    w: Float[Array, "E *L K"] | QTensor,
+    x: Float[Array, "M K"] | QTensor,
+    w: Float[Array, "E *L K"] | QTensor | PackedInt4,
     group_sizes: Int[Array, " E"],
     *,
     impl: str = "auto",
@@ -25,13 +88,16 @@ def grouped_matmul(
 
     Args:
         x: rows in group order, [M, K]; rows past sum(group_sizes) may hold anything.
-        w: an array or QTensor [E, ..., N, K].
+        w: an array, QTensor or PackedInt4 [E, ..., N, K].
         group_sizes: i32 [E], rows of each group; 0 is allowed, the sum must not exceed M.
-        impl: "auto", "reference" or "xla".
+        impl: "auto", "reference", "xla" or "mosaic_sm90" (H100 and H200; e4m3 rows with a scale per
+            128 inputs, e4m3 weights with one per 128 x 128; or e4m3 rows with one scale each,
+            `FP8_TOKEN`, and packed int4 weights; one device or whole copies on each: it is not
+            partitioned by itself).
 
     Returns:
-        [M, *w.shape[1:-1]] in the dtype of x, accumulated in fp32; rows past sum(group_sizes) are
-        0.
+        [M, *w.shape[1:-1]] in the dtype of x, bfloat16 for a QTensor, accumulated in fp32; rows
+        past sum(group_sizes) are 0.
 
     Raises:
         ValueError: the contracted sizes differ.

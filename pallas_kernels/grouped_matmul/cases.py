@@ -1,11 +1,22 @@
 """Workloads of `grouped_matmul`: all loads of experts, and DeepSeek's shapes."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.grouped_matmul.packed_int4 import pack
+from pallas_kernels.quant import (
+    FP8_BLOCK,
+    FP8_TILE,
+    FP8_TOKEN,
+    INT4_GROUP,
+    QTensor,
+    Recipe,
+    quantise,
+)
 from pallas_kernels.testing.generate import BaseCase, Format, Load, group_sizes, normal, tagged
 from pallas_kernels.testing.generate import weight as make_weight
 
@@ -22,6 +33,8 @@ class Case(BaseCase):
         k: K.
         load: how rows spread over experts.
         weight: how the weight is given.
+        x: how the rows are given: in `dtype`, or e4m3 with a scale per 128 inputs or per row.
+        packed: whether an int4 weight is packed.
     """
 
     rows: int
@@ -31,39 +44,91 @@ class Case(BaseCase):
     k: int
     load: Load = "even"
     weight: Format = "array"
+    x: Literal["array", "tile", "token"] = "array"
+    packed: bool = False
 
     def make(self, seed: int, poison: bool = False) -> dict[str, Any]:
-        """Arguments of `grouped_matmul`; NaN in the rows past the groups when poisoned."""
+        """Arguments of `grouped_matmul`. Poisoned: NaN in the rows past the groups."""
         rng = self.rng(seed)
         sizes = group_sizes(rng, self.rows, self.experts, self.load)
         x = normal(rng, self.rows + self.padding, self.k)
         if poison:
             x[sizes.sum() :] = np.nan
         shape = (self.experts, *self.lead, self.k)
+        w = make_weight(rng, shape, self.weight, self.dtype)
+        if isinstance(w, QTensor) and w.format == "int4":
+            # `quantise` makes no -8, which others do. All values alike: twice the deviation.
+            values = jnp.asarray(rng.integers(0, 256, w.values.shape, np.uint8))
+            w = dataclasses.replace(w, values=values, scales=w.scales / 2)
         return {
-            "x": self.array(x),
-            "w": make_weight(rng, shape, self.weight, self.dtype),
+            "x": self.array(x)
+            if self.x == "array"
+            else self._quantised(x, int(sizes.sum()), poison),
+            "w": _pack(w) if self.packed else w,
             "group_sizes": jnp.asarray(sizes),
         }
 
+    def _quantised(self, x: np.ndarray, used: int, poison: bool) -> QTensor:
+        rows = _quantise(jnp.asarray(x), _ROWS[self.x])
+        if not poison:
+            return rows
+        return dataclasses.replace(rows, scales=rows.scales.at[used:].set(jnp.nan))
 
-def _deepseek_v3(name: str, rows: int, experts: int, load: Load, down: bool = False) -> Case:
-    lead, k = ((7168,), 2048) if down else ((2, 2048), 7168)
+    def abstract(self) -> dict[str, Any]:
+        """Shapes and types of `make`'s arguments."""
+
+        def tensor(shape: tuple[int, ...], recipe: Recipe | None) -> Any:
+            array = jax.ShapeDtypeStruct(shape, self.dtype)
+            return jax.eval_shape(lambda x: quantise(x, recipe), array) if recipe else array
+
+        w = tensor((self.experts, *self.lead, self.k), _WEIGHTS.get(self.weight))
+        return {
+            "x": tensor((self.rows + self.padding, self.k), _ROWS.get(self.x)),
+            "w": jax.eval_shape(pack, w) if self.packed else w,
+            "group_sizes": jax.ShapeDtypeStruct((self.experts,), jnp.int32),
+        }
+
+
+_ROWS = {"tile": FP8_TILE, "token": FP8_TOKEN}
+_WEIGHTS = {"e4m3": FP8_BLOCK, "int4": INT4_GROUP}
+_quantise = jax.jit(quantise, static_argnums=1)  # as a model would, and much faster to compile
+_pack = jax.jit(pack)
+
+
+def _deepseek_v3(experts: int, tokens: int, weight: Format, *, down: bool) -> Case:
+    """The routed experts of DeepSeek-V3: N 4096 (gate and up), K 7168, or N 7168 (down), K 2048.
+    Of 8 of them, each has `tokens` rows: a rank's share under expert parallelism. All 256 share
+    8 * `tokens` rows, as drawn.
+    """
+    part = experts < 256
     return Case(
-        name=f"deepseek-v3 {name}",
+        name=f"{weight} {'down' if down else 'gate/up'} {experts} experts t{tokens}",
         tags=("bench",),
         dtype="bfloat16",
-        rows=rows,
+        rows=8 * tokens,
         experts=experts,
-        lead=lead,
-        k=k,
-        load=load,
+        lead=(7168,) if down else (2, 2048),
+        k=2048 if down else 7168,
+        load="equal" if part else "even",
+        weight=weight,
+        x="token" if weight == "int4" else "tile",
+        packed=weight == "int4",
     )
 
 
 # 96 rows on 16 experts: the capacity of `xla` is 24, so "one" and "few" overflow it.
 _SMALL: dict[str, Any] = {"rows": 96, "experts": 16, "lead": (2, 12), "k": 40}
 _PADDED: dict[str, Any] = {**_SMALL, "rows": 50, "padding": 46}
+# For the fp8 kernel: whole blocks of 128; x and w are multiplied as they are.
+_HOPPER: dict[str, Any] = {
+    "experts": 5,
+    "lead": (256,),
+    "k": 512,
+    "weight": "e4m3",
+    "x": "tile",
+    "dtype": "bfloat16",
+}
+_PACKED: dict[str, Any] = {**_HOPPER, "weight": "int4", "packed": True, "x": "token"}
 
 CASES = (
     Case(name="one token", rows=1, experts=4, lead=(12,), k=40),
@@ -97,8 +162,26 @@ CASES = (
         load="skewed",
         dtype="bfloat16",
     ),
-    _deepseek_v3("gate/up b128 ep8", 1024, 32, "even"),
-    _deepseek_v3("down b128 ep8", 1024, 32, "even", down=True),
-    _deepseek_v3("gate/up prefill 32768 rows ep8", 32768, 32, "skewed"),
+    Case(name="hopper one row", rows=1, **_HOPPER),
+    Case(name="hopper few", rows=29, padding=7, load="skewed", **_HOPPER),
+    Case(name="hopper gate/up", rows=60, **{**_HOPPER, "lead": (2, 128), "experts": 2}),
+    Case(name="hopper ragged", rows=150, padding=40, load="skewed", **{**_HOPPER, "experts": 2}),
+    Case(name="hopper no rows", rows=40, load="none", **_HOPPER),
+    Case(name="packed float32", rows=9, experts=2, lead=(2, 64), k=128, weight="int4", packed=True),
+    Case(name="packed one row", rows=1, **{**_PACKED, "lead": (128,), "k": 384}),
+    Case(name="packed few", rows=29, padding=7, load="skewed", **{**_PACKED, "lead": (2, 64)}),
+    Case(name="packed ragged", rows=150, padding=40, load="skewed", **{**_PACKED, "experts": 2}),
+    Case(name="packed no rows", rows=40, load="none", **{**_PACKED, "lead": (128,)}),
+    *(
+        _deepseek_v3(8, tokens, "e4m3", down=down)
+        for tokens in (1, 32, 128, 512, 4096)
+        for down in (False, True)
+    ),
+    *(
+        _deepseek_v3(experts, tokens, "int4", down=down)
+        for experts, all_tokens in ((8, (1, 32, 128, 512)), (256, (8, 32, 128, 512)))
+        for tokens in all_tokens
+        for down in (False, True)
+    ),
 )
 CI, FULL, BENCH = tagged(CASES, "ci"), tagged(CASES, "full"), tagged(CASES, "bench")

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.grouped_matmul.packed_int4 import PackedInt4, unpacked
 from pallas_kernels.quant import QTensor, dequantise
 
 BLOCK_SUMS_BYTES = 1 << 30
@@ -25,10 +26,14 @@ CAPACITY_FACTOR = 2.0
 
 
 def grouped_matmul(
-    x: Float[Array, "M K"], w: Float[Array, "E *L K"] | QTensor, group_sizes: Int[Array, " E"]
+    x: Float[Array, "M K"] | QTensor,
+    w: Float[Array, "E *L K"] | QTensor | PackedInt4,
+    group_sizes: Int[Array, " E"],
 ) -> Float[Array, "M *L"]:
     """See `api.grouped_matmul`."""
-    sizes = group_sizes.astype(jnp.int32)
+    sizes, w = group_sizes.astype(jnp.int32), unpacked(w)
+    if isinstance(x, QTensor):
+        x = dequantise(x, jnp.bfloat16)
     if isinstance(w, QTensor):  # never trained
         return _without_gradient(x, w, sizes)
     return _product(x, w, sizes)

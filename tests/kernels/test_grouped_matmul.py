@@ -1,7 +1,6 @@
 """`grouped_matmul`: every implementation on every case, poisoned, against a float64 oracle."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,66 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import QTensor, grouped_matmul
-from pallas_kernels.grouped_matmul import api, cases, xla
-from pallas_kernels.testing import assert_close, call, distinct, jit
-from tests.oracles import formats
+from pallas_kernels import grouped_matmul
+from pallas_kernels.grouped_matmul import cases, xla
+from pallas_kernels.testing import assert_close, call, jit
+from tests.kernels.grouped_matmul_suite import CASES, IMPLS, check, op_of, oracle, run
 from tests.tolerances import GRADIENT, OP
 
-IMPLS = [*distinct(api.IMPLEMENTATIONS), "xla by capacity"]
-CASES = {case.name: case for case in cases.CASES}
-
-
-@functools.cache
-def op_of(impl):
-    """The op with one implementation; "xla by capacity" is how `xla` treats very large weights."""
-    if impl != "xla by capacity":
-        return functools.partial(grouped_matmul, impl=impl)
-
-    def by_capacity(x, w, group_sizes):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(xla, "BLOCK_SUMS_BYTES", -1)
-            if isinstance(w, QTensor):  # never trained, so it has no such path
-                return grouped_matmul(x, w, group_sizes, impl="xla")
-            return xla._with_gradient(x, w, group_sizes)
-
-    return by_capacity
-
-
-def run(impl):
-    return lambda **args: call(op_of(impl), args)
-
-
-def real(w):
-    """float64 values of a weight, an array or quantized."""
-    if not isinstance(w, QTensor):
-        return np.float64(w)
-    return formats.dequantise(np.asarray(w.values), np.asarray(w.scales), w.block, w.format)
-
-
-def oracle(x, w, group_sizes):
-    x, w = np.float64(x), real(w)
-    out, start = np.zeros((len(x), *w.shape[1:-1])), 0
-    for weight, size in zip(w, np.asarray(group_sizes), strict=True):
-        for row in range(start, start + size):
-            out[row] = weight @ x[row]
-        start += size
-    return out
-
-
-@functools.cache
-def expected(case, seed):
-    args = case.make(seed, poison=True)
-    return args, oracle(**args)
-
-
-def check(op, case, seed=0):
-    args, want = expected(case, seed)
-    out = op(**args)
-    assert out.dtype == args["x"].dtype
-    assert_close(out, want, OP[case.dtype])
-    past = int(args["group_sizes"].sum())
-    assert not np.asarray(out)[past:].any(), "rows past the groups must be exactly 0"
+FLOAT_IMPLS = [impl for impl in IMPLS if impl != "mosaic_sm90"]
+"""Those that take rows and weights that are not quantized."""
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -85,7 +32,7 @@ def test_matches_oracle_on_real_shapes(impl, case):
     check(run(impl), case)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", FLOAT_IMPLS)
 @settings(max_examples=15)
 @given(sizes=st.lists(st.integers(0, 96), min_size=16, max_size=16), seed=st.integers(0, 3))
 def test_any_group_sizes(impl, sizes, seed):
@@ -96,7 +43,7 @@ def test_any_group_sizes(impl, sizes, seed):
     assert_close(run(impl)(**args), oracle(**args), OP["float32"])
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", FLOAT_IMPLS)
 def test_groups_around_the_capacity(impl):
     """The last group grows past 24 rows, the capacity of `xla`; some rows belong to no group."""
     for largest in range(22, 28):
@@ -133,7 +80,7 @@ def gradients(op, case):
     return jit(jax.grad(loss, argnums=(0, 1)))(args["x"], args["w"]), args, weight
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", FLOAT_IMPLS)
 @pytest.mark.parametrize("name", ["skewed", "all on one expert", "padding"])
 def test_gradients(impl, name):
     """Against the closed form: dx = dy w, dw = dy^T x within each group, 0 past the groups."""

@@ -1,0 +1,304 @@
+"""A thread block of the Hopper kernels of `grouped_matmul`: what it does in which order.
+
+The grid is as large as the device, and a thread block takes every n-th item: 128 outputs of a tile
+of rows (see `work.py`), tile by tile, so that an expert's weights are read once from memory.
+
+    warpgroup 2       one thread of it copies weights, rows and their scales into a ring of stages,
+                      item after item: it never waits for an item to end
+    warpgroups 0, 1   multiply, and store half of the item each: 64 outputs of all its rows where
+                      weights are the left operand, 64 rows otherwise
+"""
+
+import abc
+import dataclasses
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.grouped_matmul.products import BLOCK, order_before_copies
+from pallas_kernels.grouped_matmul.tiles import Tiles
+from pallas_kernels.grouped_matmul.work import EXPERT, FIRST, ROWS, SKIP, Work
+from pallas_kernels.hopper import compiler_params, swizzled_rows
+from pallas_kernels.select import count_sms
+
+OUTPUTS = 128
+"""Of an item."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """What is known when the kernel is compiled.
+
+    Attributes:
+        outputs: N.
+        inputs: K.
+        tiles: see there.
+        thread_blocks: of the grid.
+        interpret: parameters of Pallas' GPU interpreter; None on a GPU.
+    """
+
+    outputs: int
+    inputs: int
+    tiles: Tiles
+    thread_blocks: int
+    interpret: Any = None
+
+    @classmethod
+    def of(
+        cls, shape: tuple[int, ...], tiles: Tiles, sms: int | None, interpret: Any
+    ) -> "Geometry":
+        """That of weights [E, ..., N, K] on so many streaming multiprocessors, or the device's."""
+        return cls(
+            outputs=math.prod(shape[1:-1]),
+            inputs=shape[-1],
+            tiles=tiles,
+            thread_blocks=(sms or count_sms()) * tiles.per_sm,
+            interpret=interpret,
+        )
+
+    @property
+    def items(self) -> int:
+        """Of a tile of rows."""
+        return self.outputs // OUTPUTS
+
+    @property
+    def loads(self) -> int:
+        """Of an item."""
+        return self.inputs // BLOCK // self.tiles.deep
+
+
+class Block(abc.ABC):
+    """What a warpgroup works with; subclasses are the formats of the weights.
+
+    Attributes of `refs`, in memory: `tiles` and `counts` of the work, out [M, N], and what
+    subclasses load; in shared memory see `scratch`.
+    """
+
+    copies: int
+    """Of a load."""
+    weights_left: bool
+    """Whether weights are the left operand: 64 of them is what a product takes, so tokens, of
+    which there may be few, are not padded to 64.
+    """
+
+    @property
+    @abc.abstractmethod
+    def name(self) -> str:
+        """Of the kernel."""
+
+    def scratch(self) -> dict[str, Any]:
+        """Shared memory and barriers; subclasses add the ring."""
+        stages = self.g.tiles.stages
+        parts = (2, self.g.tiles.rows) if self.weights_left else (2, 2, 64)
+        return {
+            "staged": swizzled_rows(*parts, 64, dtype=jnp.bfloat16),
+            "full": plgpu.Barrier(num_barriers=stages, num_arrivals=self.copies),
+            "empty": plgpu.Barrier(num_barriers=stages, num_arrivals=2),
+        }
+
+    def __init__(self, g: Geometry) -> None:
+        self.g = g
+
+    def run(self, refs: SimpleNamespace) -> None:
+        """The kernel."""
+        self.refs = refs
+        self.me, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+        self.items, self.loaded_items = (
+            lax.div(
+                refs.counts[i] * self.g.items - self.me + (self.g.thread_blocks - 1),
+                self.g.thread_blocks,
+            )
+            for i in range(2)
+        )
+        pl.when(warpgroup == 2)(self._load)
+        pl.when(warpgroup < 2)(lambda: self._multiply(warpgroup))
+
+    def item(self, order: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(tile, block of outputs) of this thread block's item."""
+        item = self.me + order * self.g.thread_blocks
+        return lax.div(item, self.g.items), lax.rem(item, self.g.items)
+
+    def slot(self, load: jax.Array) -> jax.Array:
+        """Where a load goes."""
+        return lax.rem(load, self.g.tiles.stages)
+
+    # ------------------------------------------------------------ loading
+
+    @abc.abstractmethod
+    def copy(
+        self, slot: jax.Array, expert: jax.Array, row: jax.Array, outputs: jax.Array, load: Any
+    ) -> None:
+        """Starts the copies of a load into a slot, each of which arrives at `full`.
+
+        Args:
+            slot: of the ring.
+            expert: of the weights.
+            row: the first of the tile.
+            outputs: which 128.
+            load: which `deep` blocks of inputs.
+        """
+
+    def _load(self) -> None:
+        tiles = self.g.tiles
+        if tiles.registers:
+            plgpu.set_max_registers(tiles.registers[0], action="decrease")
+        if self.g.interpret:
+            self._load_items()
+            return
+
+        @plgpu.warp_map
+        def _(warp: jax.Array) -> None:
+            pl.when(warp == 0)(self._load_items)
+
+    def _load_items(self) -> None:
+        loads, stages, refs = self.g.loads, self.g.tiles.stages, self.refs
+
+        def item(order: jax.Array, _: Any) -> Any:
+            tile, outputs = self.item(order)
+            expert, row = refs.tiles[tile, EXPERT], refs.tiles[tile, FIRST]
+
+            def load(index: jax.Array, _: Any) -> Any:
+                count = order * loads + index
+                slot = self.slot(count)
+
+                @pl.when(count >= stages)
+                def _() -> None:
+                    plgpu.barrier_wait(refs.empty.at[slot])
+                    order_before_copies(self.g.interpret)
+
+                self.copy(slot, expert, row, outputs, index)
+                return 0
+
+            return lax.fori_loop(0, loads, load, 0)
+
+        lax.fori_loop(0, self.loaded_items, item, 0)
+        if self.g.interpret:  # it wants each phase of a barrier to be waited for
+            for slot in range(stages):
+                wait = lambda slot=slot: plgpu.barrier_wait(refs.empty.at[slot])  # noqa: E731
+                pl.when(self.loaded_items * loads > slot)(wait)
+
+    # ------------------------------------------------------------ multiplying
+
+    @abc.abstractmethod
+    def sums(
+        self,
+        warpgroup: jax.Array,
+        order: jax.Array,
+        expert: jax.Array,
+        row: jax.Array,
+        outputs: jax.Array,
+    ) -> jax.Array:
+        """This warpgroup's half of an item: fp32 [64, rows] where weights are the left operand,
+        else [64, 128]. Zeros for tiles without an expert.
+
+        Args:
+            warpgroup: 0 or 1.
+            order: of the item, in this thread block.
+            expert: -1 for none.
+            row: the first of the tile.
+            outputs: which 128.
+        """
+
+    def _multiply(self, warpgroup: jax.Array) -> None:
+        if self.g.tiles.registers:
+            plgpu.set_max_registers(self.g.tiles.registers[1], action="increase")
+
+        def item(order: jax.Array, _: Any) -> Any:
+            tile, outputs = self.item(order)
+            expert, first, skip, rows = (
+                self.refs.tiles[tile, column] for column in (EXPERT, FIRST, SKIP, ROWS)
+            )
+            sums = self.sums(warpgroup, order, expert, first, outputs).astype(jnp.bfloat16)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            store = self._store_columns if self.weights_left else self._store_rows
+            store(warpgroup, sums, outputs, first, skip, skip + rows)
+            return 0
+
+        lax.fori_loop(0, self.items, item, 0)
+        plgpu.wait_smem_to_gmem(0)
+
+    def _store_columns(
+        self,
+        warpgroup: jax.Array,
+        sums: jax.Array,
+        outputs: jax.Array,
+        first: jax.Array,
+        begin: jax.Array,
+        end: jax.Array,
+    ) -> None:
+        staged = self.refs.staged.at[warpgroup]
+        transposed = plgpu.layout_cast(sums, plgpu.Layout.WGMMA_TRANSPOSED)
+        staged.transpose((1, 0))[...] = transposed
+        plgpu.commit_smem()
+        columns = pl.ds(outputs * OUTPUTS + warpgroup * 64, 64)
+        _copy_rows(staged, self.refs.out.at[:, columns], first, begin, end)
+
+    def _store_rows(
+        self,
+        warpgroup: jax.Array,
+        sums: jax.Array,
+        outputs: jax.Array,
+        first: jax.Array,
+        begin: jax.Array,
+        end: jax.Array,
+    ) -> None:
+        mine = warpgroup * 64
+        begin, end = (jnp.clip(row - mine, 0, 64) for row in (begin, end))
+        for half in range(2):
+            self.refs.staged.at[warpgroup, half][...] = sums[:, half * 64 : half * 64 + 64]
+        plgpu.commit_smem()
+        for half in range(2):
+            columns = pl.ds(outputs * OUTPUTS + half * 64, 64)
+            staged = self.refs.staged.at[warpgroup, half]
+            _copy_rows(staged, self.refs.out.at[:, columns], first + mine, begin, end)
+
+
+def launch(block: Block, operands: dict[str, jax.Array], work: Work) -> jax.Array:
+    """Runs a kernel: bf16 [M, N].
+
+    Args:
+        block: what it does.
+        operands: what it reads, by the names in `Block.refs`; x [M, K] among them.
+        work: likewise.
+    """
+    operands = operands | {"tiles": work.tiles, "counts": work.counts}
+    g = block.g
+
+    def body(*refs: Any, **scratch: Any) -> None:
+        named = dict(zip((*operands, "out"), refs, strict=True))
+        block.run(SimpleNamespace(**named, **scratch))
+
+    kernel = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((operands["x"].shape[0], g.outputs), jnp.bfloat16),
+        scratch_types=block.scratch(),
+        grid=(g.thread_blocks,),
+        grid_names=("block",),
+        num_threads=3,
+        thread_name="warpgroup",
+        kernel_name=block.name,
+        compiler_params=compiler_params(auto_barriers=g.tiles.auto_barriers),
+        interpret=g.interpret,
+    )
+    return kernel(*operands.values())
+
+
+def _copy_rows(staged: Any, out: Any, first: jax.Array, begin: jax.Array, end: jax.Array) -> None:
+    """Starts to copy rows begin..end of a tile to where the tile begins: the sizes of copies are
+    fixed, so by powers of two.
+    """
+    size, count = staged.shape[0], end - begin
+    while size:
+
+        @pl.when((count & size) != 0)
+        def _(size: int = size, begin: jax.Array = begin) -> None:
+            rows = out.at[pl.ds(first + begin, size)]
+            plgpu.copy_smem_to_gmem(staged.at[pl.ds(begin, size)], rows)
+
+        begin, size = begin + (count & size), size // 2

@@ -1,0 +1,181 @@
+"""`grouped_matmul` for Hopper (H100, H200) with fp8 weights: rows with a scale per 128 inputs,
+weights with one per 128 x 128.
+
+The known kernels for this are DeepGEMM's (deepseek-ai/DeepGEMM, `m_grouped_fp8_gemm_nt`).
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import hopper
+from pallas_kernels.grouped_matmul import products, rows
+from pallas_kernels.grouped_matmul.block import OUTPUTS, Block, Geometry, launch
+from pallas_kernels.grouped_matmul.products import BLOCK
+from pallas_kernels.grouped_matmul.rows import Rows
+from pallas_kernels.grouped_matmul.tiles import Tiles, fp8_tiles
+from pallas_kernels.quant import QTensor
+
+
+class Fp8Block(Block):
+    """Refs in memory: those of `Rows`, w [E, N, K] and w_scales [E, N / 128, K / 128]."""
+
+    def __init__(self, g: Geometry) -> None:
+        super().__init__(g)
+        self.weights_left = g.tiles.rows <= 64
+        self.copies = 2 * g.tiles.deep + 1
+
+    @property
+    def name(self) -> str:
+        """See `Block`."""
+        return f"grouped_matmul_fp8_{self.g.tiles.rows}"
+
+    def scratch(self) -> dict[str, Any]:
+        """See `Block`."""
+        tiles = self.g.tiles
+        ring = (tiles.stages, tiles.deep)
+        return super().scratch() | {
+            "x_ring": hopper.swizzled_rows(*ring, tiles.rows, BLOCK, dtype=jnp.float8_e4m3fn),
+            "w_ring": hopper.swizzled_rows(*ring, OUTPUTS, BLOCK, dtype=jnp.float8_e4m3fn),
+            "scale_ring": plgpu.SMEM((*ring, scale_rows(tiles)), jnp.float32),
+        }
+
+    def copy(
+        self, slot: jax.Array, expert: jax.Array, row: jax.Array, outputs: jax.Array, load: Any
+    ) -> None:
+        """See `Block`."""
+        r, deep, size = self.refs, self.g.tiles.deep, self.g.tiles.rows
+        full = r.full.at[slot]
+        for i in range(deep):
+            inputs = pl.ds((load * deep + i) * BLOCK, BLOCK)
+            w = r.w.at[expert, pl.ds(outputs * OUTPUTS, OUTPUTS), inputs]
+            plgpu.copy_gmem_to_smem(w, r.w_ring.at[slot, i], full)
+            plgpu.copy_gmem_to_smem(r.x.at[pl.ds(row, size), inputs], r.x_ring.at[slot, i], full)
+        scales = r.x_scales.at[pl.ds(load * deep, deep), pl.ds(row, scale_rows(self.g.tiles))]
+        plgpu.copy_gmem_to_smem(scales, r.scale_ring.at[slot], full)
+
+    def sums(
+        self,
+        warpgroup: jax.Array,
+        order: jax.Array,
+        expert: jax.Array,
+        row: jax.Array,
+        outputs: jax.Array,
+    ) -> jax.Array:
+        """See `Block`."""
+        g, r, tiles = self.g, self.refs, self.g.tiles
+        columns = tiles.rows if self.weights_left else OUTPUTS
+        axis, count = (1 if self.weights_left else 0), tiles.blocks
+        last = g.inputs // BLOCK - count
+
+        def weight_scales(block: Any) -> list[jax.Array]:
+            first = jnp.minimum(block, last)
+            return [r.w_scales[jnp.maximum(expert, 0), outputs, first + i] for i in range(count)]
+
+        def step(index: jax.Array, state: Any) -> Any:
+            sums, scales = state
+            later = weight_scales((index + 1) * count)  # now, because they come from memory
+            started, slots = [], []
+            for i in range(tiles.together):
+                slot = self.slot(order * g.loads + index * tiles.together + i)
+                slots.append(slot)
+                plgpu.barrier_wait(r.full.at[slot])
+                for j in range(tiles.deep):
+                    left, right = self._operands(warpgroup, slot, j)
+                    product = products.multiply(left, right, columns, g.interpret)
+                    factors = self._row_scales(warpgroup, slot, j) * scales[i * tiles.deep + j]
+                    started.append((product, factors))
+            for i, (product, factors) in enumerate(started):
+                sums = products.add_scaled(
+                    sums,
+                    product,
+                    factors,
+                    axis=axis,
+                    in_flight=count - 1 - i,
+                    interpret=g.interpret,
+                )
+                if (i + 1) % tiles.deep == 0:
+                    plgpu.barrier_arrive(r.empty.at[slots[i // tiles.deep]])
+            return sums, later
+
+        steps = jnp.where(expert >= 0, g.loads // tiles.together, 0)
+        state = products.zeros(columns, g.interpret), weight_scales(0)
+        sums, _ = lax.fori_loop(0, steps, step, state)
+        return products.as_matrix([sums], g.interpret)
+
+    def _operands(self, warpgroup: jax.Array, slot: jax.Array, block: int) -> tuple[Any, Any]:
+        half = pl.ds(warpgroup * 64, 64)
+        rows, weights = self.refs.x_ring.at[slot, block], self.refs.w_ring.at[slot, block]
+        return (weights.at[half], rows) if self.weights_left else (rows.at[half], weights)
+
+    def _row_scales(self, warpgroup: jax.Array, slot: jax.Array, block: int) -> jax.Array:
+        scales = self.refs.scale_ring.at[slot, block]
+        if self.weights_left:
+            mine, layout = scales.at[pl.ds(0, self.g.tiles.rows)], hopper.MATRIX.reduce(0)
+        else:
+            mine, layout = scales.at[pl.ds(warpgroup * 64, 64)], hopper.ROWS
+        return plgpu.load(mine, layout=layout, optimized=False)
+
+
+def scale_rows(tiles: Tiles) -> int:
+    """Scales that a load takes for each block: copies go to multiples of 128 bytes."""
+    return max(tiles.rows, 32 // tiles.deep)
+
+
+def grouped_matmul(
+    x: QTensor,
+    w: QTensor,
+    group_sizes: Int[Array, " E"],
+    *,
+    tiles: Tiles | None = None,
+    sms: int | None = None,
+    interpret: Any = None,
+) -> Float[Array, "M *L"]:
+    """See `api.grouped_matmul`.
+
+    Args:
+        x: as there, with scales for each row and 128 inputs.
+        w: as there, with scales for 128 x 128.
+        group_sizes: as there.
+        tiles: what a sweep changes.
+        sms: streaming multiprocessors; those of the device.
+        interpret: parameters of Pallas' GPU interpreter, for tests on a CPU.
+    """
+    tiles = tiles or usual_tiles(x, w)
+    out = multiply(prepare(x, group_sizes, tiles), w, tiles=tiles, sms=sms, interpret=interpret)
+    return out[: x.shape[0]]
+
+
+def usual_tiles(x: QTensor, w: QTensor) -> Tiles:
+    """Those of these shapes."""
+    return fp8_tiles(x.shape[0], w.shape[0], x.shape[1] // BLOCK)
+
+
+def prepare(x: QTensor, group_sizes: Int[Array, " E"], tiles: Tiles) -> Rows:
+    """What the kernel needs to know of the rows."""
+    return rows.prepare(x, group_sizes, size=tiles.rows, scales=scale_rows(tiles))
+
+
+def multiply(
+    x: Rows, w: QTensor, *, tiles: Tiles, sms: int | None = None, interpret: Any = None
+) -> Float[Array, "M *L"]:
+    """`grouped_matmul` of prepared rows, [M', *w.shape[1:-1]]."""
+    experts, *lead, inputs = w.shape
+    g = Geometry.of(w.shape, tiles, sms, interpret)
+    weights = w.values.reshape(experts, g.outputs, inputs)
+    scales = w.scales.reshape(experts, g.outputs // OUTPUTS, inputs // BLOCK)
+    return _run(x, weights, scales, g).reshape(-1, *lead)
+
+
+# A jit of its own, so that all layers of an unrolled model call one function: otherwise the kernel
+# is compiled for each of them.
+@functools.partial(jax.jit, static_argnums=3)
+def _run(x: Rows, w: jax.Array, w_scales: jax.Array, g: Geometry) -> jax.Array:
+    operands = {"x": x.values, "x_scales": x.scales, "w": w, "w_scales": w_scales}
+    return launch(Fp8Block(g), operands, x.work)

@@ -1,0 +1,77 @@
+"""How the Hopper kernels of `grouped_matmul` cut their work; what a sweep may change."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """Choices that change speed, never results.
+
+    Attributes:
+        rows: rows of a tile.
+        deep: blocks of 128 inputs that are loaded at once.
+        together: such loads that are multiplied at once, or in one turn of a loop.
+        stages: such loads that fit in shared memory.
+        per_sm: thread blocks of a streaming multiprocessor.
+        registers: per thread, of the warpgroup that loads and of the two that multiply; None
+            leaves all with the same number.
+        auto_barriers: let the compiler put a barrier around each access to shared memory.
+    """
+
+    rows: int
+    deep: int = 1
+    together: int = 1
+    stages: int = 5
+    per_sm: int = 1
+    registers: tuple[int, int] | None = None
+    auto_barriers: bool = True
+
+    def __post_init__(self) -> None:
+        if self.rows not in (8, 16, 32, 64, 128):
+            raise ValueError(f"{self.rows=} must be 8, 16, 32, 64 or 128")
+        if self.together > self.stages:
+            raise ValueError(f"{self.together=} must be at most {self.stages=}")
+        if self.registers and (any(n % 8 for n in self.registers) or self._all_registers > 504):
+            raise ValueError(
+                f"{self.registers=} must be multiples of 8, and loading + 2 * multiplying at most "
+                "504"
+            )
+
+    @property
+    def _all_registers(self) -> int:
+        loading, multiplying = self.registers or (168, 168)
+        return loading + 2 * multiplying
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of 128 inputs that are multiplied at once."""
+        return self.deep * self.together
+
+
+def fp8_tiles(rows: int, experts: int, blocks: int) -> Tiles:
+    """The fastest known choice for fp8 weights.
+
+    Args:
+        rows: M.
+        experts: E.
+        blocks: blocks of 128 inputs, K / 128.
+    """
+    mean = rows / experts
+    deep = 2 if blocks % 2 == 0 else 1
+    if mean <= 8:
+        return Tiles(rows=8 if mean <= 4 else 16, deep=deep, stages=6)
+    if mean <= 32:
+        return Tiles(rows=32, deep=deep)
+    # Two products at once hide the additions, but lengthen the beginning and the end of a tile.
+    together = 2 if mean > 128 and blocks >= 32 and blocks % 2 == 0 else 1
+    return Tiles(rows=128, together=together, registers=(40, 232))
+
+
+def w4a8_tiles(rows: int, experts: int, blocks: int) -> Tiles:
+    """The fastest known choice for int4 weights; arguments as for `fp8_tiles`."""
+    mean = rows / experts
+    # Two blocks in turn: weights of one are made while those of the other are in use.
+    two = 2 if blocks % 2 == 0 else 1
+    if mean <= 32:
+        return Tiles(rows=8 if mean <= 4 else 16 if mean <= 8 else 32, deep=two, stages=7)
+    return Tiles(rows=64 if mean <= 64 else 128, together=two, stages=7, registers=(24, 240))
