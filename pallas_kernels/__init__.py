@@ -7,7 +7,12 @@ from pallas_kernels.expert_mlp import expert_mlp
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.latent_cache import LatentCache
 from pallas_kernels.matmul import matmul
-from pallas_kernels.mla_decode import MlaDecodePlan, mla_decode, plan_mla_decode
+from pallas_kernels.mla_decode import (
+    MlaDecodePlan,
+    mla_decode,
+    plan_mla_decode,
+    schedule_mla_decode,
+)
 from pallas_kernels.mla_prefill import MlaPrefillPlan, mla_prefill
 from pallas_kernels.quant import QTensor, Recipe, dequantise, quantise
 from pallas_kernels.router import route
@@ -31,5 +36,6 @@ __all__ = [
     "plan_mla_decode",
     "quantise",
     "route",
+    "schedule_mla_decode",
     "swiglu",
 ]

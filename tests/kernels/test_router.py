@@ -1,7 +1,6 @@
 """`route`: experts exactly, weights within fp32, ties and golden vectors included."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,58 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import route
-from pallas_kernels.router import api, cases
-from pallas_kernels.testing import assert_close, assert_equal, call, distinct
-from tests.oracles import gates
+from pallas_kernels.router import cases
+from pallas_kernels.testing import assert_close, assert_equal
+from tests.kernels.router_suite import CASES, IMPLS, check, expected, oracle, run
 from tests.tolerances import GATE, GOLDEN_6_DIGITS
-
-IMPLS = distinct(api.IMPLEMENTATIONS)
-CASES = {case.name: case for case in cases.CASES}
-
-
-def run(impl):
-    return lambda **args: call(route, args | {"impl": impl})
-
-
-def oracle(args):
-    """Scores in float32, where the ties are; their order is exact, the weights are float64."""
-    args = dict(args)
-    logits, bias = np.asarray(args.pop("logits")), args.pop("bias")
-    return gates.gate(logits, None if bias is None else np.asarray(bias), **args)
-
-
-@functools.cache
-def expected(case, seed):
-    """(arguments whose last row is NaN, weights and experts of the rows before)."""
-    args = case.make(seed, poison=True)
-    return args, *oracle(args | {"logits": args["logits"][:-1]})
-
-
-def choice_scores(args, experts):
-    """float64 scores by which the given experts were chosen, bias included."""
-    logits = np.asarray(args["logits"][:-1], np.float64)
-    if args["bias"] is None:
-        scores = np.exp(logits - logits.max(axis=1, keepdims=True))
-        scores /= scores.sum(axis=1, keepdims=True)
-    else:
-        scores = 1 / (1 + np.exp(-logits)) + np.asarray(args["bias"], np.float64)
-    return np.take_along_axis(scores, experts, axis=1)
-
-
-def check(op, case, seed=0):
-    args, want_weights, want_experts = expected(case, seed)
-    weights, experts = op(**args)
-    assert weights.dtype == jnp.float32
-    found = np.asarray(experts[:-1])
-    near = np.zeros(found.shape, bool)
-    if case.logits == "normal":  # a rounding error may swap two experts with all but equal scores
-        near = np.abs(choice_scores(args, found) - choice_scores(args, want_experts)) < 2e-7
-    assert_equal(np.where(near, want_experts, found), want_experts, "experts")
-    order, want_order = np.argsort(found, axis=1), np.argsort(want_experts, axis=1)
-    by_expert = np.take_along_axis(np.asarray(weights[:-1]), order, axis=1)
-    assert_close(by_expert, np.take_along_axis(want_weights, want_order, axis=1), GATE, "weights")
-    last = np.asarray(experts[-1])
-    assert ((0 <= last) & (last < case.experts)).all(), "a NaN row must still name real experts"
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -102,8 +53,8 @@ GOLDEN = [
 
 def golden(bias, topk_group, want, op=route):
     weights, experts = op(
-        jnp.asarray([LOGITS], jnp.float32),
-        jnp.asarray(bias, jnp.float32),
+        logits=jnp.asarray([LOGITS], jnp.float32),
+        bias=jnp.asarray(bias, jnp.float32),
         top_k=len(want),
         scoring_func="sigmoid",
         n_group=4,
@@ -119,7 +70,7 @@ def golden(bias, topk_group, want, op=route):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(("bias", "topk_group", "want"), GOLDEN)
 def test_golden_vectors(impl, bias, topk_group, want):
-    golden(bias, topk_group, want, functools.partial(route, impl=impl))
+    golden(bias, topk_group, want, run(impl))
 
 
 @pytest.mark.parametrize("topk_group", [2, 3])
@@ -145,16 +96,15 @@ and fourth of all, are out."""
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_softmax_groups_by_hand(impl):
-    weights, experts = route(
-        jnp.asarray([V2_LOGITS], jnp.float32),
-        None,
+    weights, experts = run(impl)(
+        logits=jnp.asarray([V2_LOGITS], jnp.float32),
+        bias=None,
         top_k=3,
         scoring_func="softmax",
         n_group=4,
         topk_group=2,
         norm_topk_prob=False,
         routed_scaling_factor=16.0,
-        impl=impl,
     )
     assert np.asarray(experts).tolist() == [[2, 5, 4]]
     e = np.exp(V2_LOGITS)  # the softmax is over all experts, kept or not
