@@ -19,6 +19,27 @@ OP = {
         reason="inputs are exact; probabilities, products and results are rounded to 8 bits",
     ),
 }
+E4M3_ROWS = Tolerance(
+    abs=2.0,
+    rel=0.1,
+    cosine=2e-3,
+    reason="against rows that are not quantized: e4m3 keeps 4 bits, an rms error of 0.026 in each "
+    "of two products, so a distance of 1e-3 whatever their length; the largest is 2.2",
+)
+SAME_E4M3 = Tolerance(
+    abs=0.1,
+    rel=1e-2,
+    cosine=5e-6,
+    reason="both sides quantize rows alike; products and results are rounded to 8 bits, 2e-6; "
+    "where an fp32 sum is rounded to the other side, e4m3 may move that value by an eighth",
+)
+SAME_E4M3_GPU = Tolerance(
+    abs=1.0,
+    rel=0.1,
+    cosine=1e-4,
+    reason="as SAME_E4M3, but tensor cores add fp8 products in 14 bits, so more values of a row are "
+    "rounded to the other side; seen: 0.5 in one of 1,400 results",
+)
 GRADIENT = {
     "float32": Tolerance(
         abs=1e-4, rel=1e-4, cosine=1e-10, reason="sums of products of two fp32 results"

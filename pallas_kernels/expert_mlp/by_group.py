@@ -5,7 +5,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.grouped_matmul import PackedInt4, grouped_matmul
 from pallas_kernels.quant import QTensor
 from pallas_kernels.swiglu import swiglu
 
@@ -14,8 +14,8 @@ def expert_mlp(
     x: jax.Array,
     weights: jax.Array,
     experts: jax.Array,
-    gate_up: jax.Array | QTensor,
-    down: jax.Array | QTensor,
+    gate_up: jax.Array | QTensor | PackedInt4,
+    down: jax.Array | QTensor | PackedInt4,
     pairs: int | None = None,
     *,
     impl: str,

@@ -3,9 +3,12 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.grouped_matmul import pack
+from pallas_kernels.quant import FP8_BLOCK, INT4_GROUP, quantise
 from pallas_kernels.testing.generate import BaseCase, Format, normal, tagged
 from pallas_kernels.testing.generate import weight as make_weight
 
@@ -24,6 +27,9 @@ class Case(BaseCase):
         absent: share of choices that are no expert.
         pairs: room for so many of the others; None: for all choices.
         weight: how the weights are given.
+        packed: whether int4 weights are packed.
+        no_ties: tiles of 128 channels differ in size, and no value is halfway between two of e4m3
+            once it is scaled: it would go either way with the last bit of the scale.
     """
 
     rows: int
@@ -35,6 +41,8 @@ class Case(BaseCase):
     absent: float = 0.0
     pairs: int | None = None
     weight: Format = "array"
+    packed: bool = False
+    no_ties: bool = False
 
     def make(self, seed: int, poison: bool = False) -> dict[str, Any]:
         """Arguments of `expert_mlp`. Poisoned: an expert that no row chooses would
@@ -47,12 +55,19 @@ class Case(BaseCase):
         chosen = np.where(rng.random(chosen.shape) < self.absent, -1, chosen)
         gate_up = (self.experts, 2, self.width, self.hidden)
         down = (self.experts, self.hidden, self.width)
+        x = normal(rng, self.rows, self.hidden)
+        if self.no_ties:
+            # 448 / 255 of another number of 8 bits has no end in binary.
+            x = x.clip(-3.9, 3.9)
+            x[:, ::128] = 255 / 64
+            x *= (2.0 ** rng.integers(-2, 2, (self.rows, self.hidden // 128))).repeat(128, axis=1)
+        form = _pack if self.packed else lambda w: w
         args = {
-            "x": self.array(normal(rng, self.rows, self.hidden)),
+            "x": self.array(x),
             "weights": jnp.asarray(rng.random((self.rows, self.per_token), np.float32)),
             "experts": jnp.asarray(chosen),
-            "gate_up": make_weight(rng, gate_up, self.weight, self.dtype),
-            "down": make_weight(rng, down, self.weight, self.dtype),
+            "gate_up": form(make_weight(rng, gate_up, self.weight, self.dtype)),
+            "down": form(make_weight(rng, down, self.weight, self.dtype)),
         }
         if self.pairs is not None:
             args["pairs"] = self.pairs
@@ -62,6 +77,55 @@ class Case(BaseCase):
                 args[name] = args[name].at[-1].set(1e30)
         return args
 
+    def abstract(self) -> dict[str, Any]:
+        """Shapes and types of the arrays of `make`."""
+        shape = jax.ShapeDtypeStruct
+
+        def weight(*sizes: int) -> Any:
+            array, recipe = shape(sizes, self.dtype), _RECIPES.get(self.weight)
+            made = jax.eval_shape(lambda w: quantise(w, recipe), array) if recipe else array
+            return jax.eval_shape(pack, made) if self.packed else made
+
+        return {
+            "x": shape((self.rows, self.hidden), self.dtype),
+            "weights": shape((self.rows, self.per_token), jnp.float32),
+            "experts": shape((self.rows, self.per_token), jnp.int32),
+            "gate_up": weight(self.experts, 2, self.width, self.hidden),
+            "down": weight(self.experts, self.hidden, self.width),
+        }
+
+
+_RECIPES = {"e4m3": FP8_BLOCK, "int4": INT4_GROUP}
+_pack = jax.jit(pack)
+
+
+def _deepseek_v3(tokens: int, weight: Format) -> Case:
+    """8 experts of DeepSeek-V3, each with that many rows: every token goes to all of them."""
+    return Case(
+        name=f"{weight} deepseek-v3 8 experts t{tokens}",
+        tags=("bench",),
+        dtype="bfloat16",
+        rows=tokens,
+        experts=8,
+        per_token=8,
+        hidden=7168,
+        width=2048,
+        weight=weight,
+        packed=weight == "int4",
+    )
+
+
+# For the implementation for Hopper: bf16 rows, whole blocks of 128.
+_E4M3: dict[str, Any] = {
+    "experts": 4,
+    "hidden": 256,
+    "width": 128,
+    "weight": "e4m3",
+    "dtype": "bfloat16",
+    "no_ties": True,
+}
+_INT4: dict[str, Any] = {**_E4M3, "weight": "int4", "packed": True}
+_MANY: dict[str, Any] = {"tags": ("full",), "rows": 700, "hidden": 512, "width": 384}
 
 CASES = (
     Case(name="one row", rows=1, experts=16),
@@ -88,6 +152,18 @@ CASES = (
         hidden=2048,
         width=1408,
     ),
+    *(_deepseek_v3(tokens, "e4m3") for tokens in (1, 32, 128, 512, 4096)),
+    *(_deepseek_v3(tokens, "int4") for tokens in (1, 128)),
 )
-CI = tagged(CASES, "ci")
-BENCH = tagged(CASES, "bench")
+HOPPER = (
+    Case(name="hopper", rows=13, absent=0.3, **_E4M3),
+    Case(name="hopper one row", rows=1, **_E4M3),
+    Case(name="hopper pairs", rows=30, absent=0.75, pairs=28, **_E4M3),
+    Case(name="hopper no choices", rows=5, absent=1.0, pairs=4, **_E4M3),
+    Case(name="packed", rows=13, absent=0.3, **_INT4),
+    Case(name="packed pairs", rows=30, absent=0.75, pairs=28, **_INT4),
+    Case(name="hopper many", **_E4M3 | _MANY),
+    Case(name="packed many", **_INT4 | _MANY),
+)
+"""Rows go through these in e4m3 there; the larger ones are tagged "full"."""
+CI, BENCH = tagged(CASES, "ci"), tagged(CASES, "bench")

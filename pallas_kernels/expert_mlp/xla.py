@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.expert_mlp import by_group
+from pallas_kernels.grouped_matmul import PackedInt4
 from pallas_kernels.quant import QTensor
 from pallas_kernels.swiglu import swiglu
 
@@ -27,12 +28,16 @@ def expert_mlp(
     x: jax.Array,
     weights: jax.Array,
     experts: jax.Array,
-    gate_up: jax.Array | QTensor,
-    down: jax.Array | QTensor,
+    gate_up: jax.Array | QTensor | PackedInt4,
+    down: jax.Array | QTensor | PackedInt4,
     pairs: int | None = None,
 ) -> jax.Array:
     """See `api.expert_mlp`."""
-    if isinstance(gate_up, QTensor) or isinstance(down, QTensor) or x.shape[0] > FEW_ROWS:
+    if (
+        isinstance(gate_up, QTensor | PackedInt4)
+        or isinstance(down, QTensor | PackedInt4)
+        or x.shape[0] > FEW_ROWS
+    ):
         return by_group.expert_mlp(x, weights, experts, gate_up, down, pairs, impl="xla")
     if 3 * experts.size < down.shape[0]:
         return _by_pair(x, weights, experts, gate_up, down)

@@ -10,7 +10,14 @@ from pallas_kernels.latent_cache import LatentCache
 from pallas_kernels.mla_decode import reference, xla
 from pallas_kernels.mla_decode.plan import MlaDecodePlan, plan_mla_decode, with_work
 from pallas_kernels.mla_decode.work import TILE
-from pallas_kernels.select import Implementation, choose, count_sms, no_hopper, on_gpu_only
+from pallas_kernels.select import (
+    Implementation,
+    choose,
+    count_sms,
+    no_hopper,
+    not_in_a_model_yet,
+    on_gpu_only,
+)
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -51,12 +58,10 @@ def _mosaic_sm90(*args: Any, scale: float) -> tuple[jax.Array, jax.Array]:
     return mosaic_sm90.mla_decode(*args, scale=scale)
 
 
-def _by_name_only(*_: Any) -> str | None:
-    return "it has only been interpreted and compiled so far: ask for it by name"
-
-
 IMPLEMENTATIONS = (
-    Implementation("mosaic_sm90", _mosaic_sm90, auto=_by_name_only, supports=_supports_mosaic_sm90),
+    Implementation(
+        "mosaic_sm90", _mosaic_sm90, auto=not_in_a_model_yet, supports=_supports_mosaic_sm90
+    ),
     Implementation("xla", xla.mla_decode, auto=on_gpu_only),
     Implementation("reference", reference.mla_decode),
 )

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.act_quant.api import LONGEST_ROW
 from pallas_kernels.moe_permute import reference
 from pallas_kernels.quant import FP8_TILE, QTensor, Recipe
 from pallas_kernels.select import Implementation, choose, no_ada, too_large, whole_arrays_only
@@ -18,8 +19,12 @@ def permute_refusal(
     x: jax.Array, places: jax.Array, *_: Any, rows: int, recipe: Recipe
 ) -> str | None:
     """Why the kernel of `permute` cannot take these arguments (on such a device), or None."""
-    if recipe.block != (1, 128) or recipe.floor < 1e-30:
-        return f"needs a scale per 1x128 and a floor, not {recipe.block} and {recipe.floor}"
+    if recipe.block not in ((1, 128), (1, 0)) or recipe.floor < 1e-30:
+        return (
+            f"needs a scale per 1x128 or per row and a floor, not {recipe.block} and {recipe.floor}"
+        )
+    if not recipe.block[1] and x.shape[1] > LONGEST_ROW:
+        return f"needs rows of at most {LONGEST_ROW} for a scale per row, not {x.shape[1]}"
     return too_large(x.shape, (rows, x.shape[1])) or _shape_refusal(places, x.shape[1])
 
 
@@ -95,7 +100,8 @@ def permute(
         rows: M, of the result.
         recipe: as for `act_quant`.
         impl: "auto", "reference", "xla" or "triton" (NVIDIA GPUs from compute capability 8.9 on;
-            a scale per 1x128; one device or whole copies on each: it is not partitioned by itself).
+            a scale per 1x128 or per row; one device or whole copies on each: it is not partitioned
+            by itself).
 
     Returns:
         QTensor [M, D] of float8_e4m3fn. Rows that no place names hold anything, NaN included.

@@ -33,7 +33,7 @@ class Case(BaseCase):
     rows: int | None = None
     left_out: int = 0
     channel_scale: bool = False
-    quant: Literal["tile", "tile_ue8m0"] = "tile"
+    quant: Literal["tile", "tile_ue8m0", "token"] = "tile"
 
     @property
     def num_rows(self) -> int:
@@ -96,6 +96,7 @@ CASES = (
     Case(name="float32 ragged", tokens=7, width=200, choices=3, dtype="float32"),
     Case(name="below a tile", tokens=2, width=36, choices=1, channel_scale=True),
     Case(name="ue8m0", tokens=5, width=384, choices=2, quant="tile_ue8m0", channel_scale=True),
+    Case(name="a scale per row", tokens=5, width=200, choices=2, quant="token"),
     Case(name="left out", tokens=9, width=256, choices=4, rows=40, left_out=11),
     Case(name="fewer rows", tokens=9, width=256, choices=4, rows=25, left_out=11),
     Case(name="two tokens", tokens=2, width=1664, choices=8),

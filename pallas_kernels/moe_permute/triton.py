@@ -16,10 +16,8 @@ from pallas_kernels.quant import QTensor, Recipe
 from pallas_kernels.triton_ops import compiler_params
 from pallas_kernels.triton_quant import quantise_tiles
 
-TILE = 128
-"""Channels that share a scale."""
 CHANNELS = 1024
-"""Of a program, at most."""
+"""Of a program, at most; one tile if that is longer."""
 PER_THREAD = 8
 """Channels of a thread: 16 bytes of bf16."""
 
@@ -42,10 +40,18 @@ def permute(
         per_thread: channels of a thread.
         interpret: run on a CPU.
     """
-    (tokens, width), tiles = x.shape, -(-x.shape[1] // TILE)
-    at_once = min(channels // TILE, pl.next_power_of_2(tiles))
+    tokens, width = x.shape
+    tile = recipe.block[1] or width
+    tiles, step = -(-width // tile), pl.next_power_of_2(tile)
+    at_once = min(max(channels // step, 1), pl.next_power_of_2(tiles))
     kernel = functools.partial(
-        _permute_kernel, rows=rows, at_once=at_once, recipe=recipe, interpret=interpret
+        _permute_kernel,
+        rows=rows,
+        size=tile,
+        step=step,
+        at_once=at_once,
+        recipe=recipe,
+        interpret=interpret,
     )
     values, scales = pl.pallas_call(
         kernel,
@@ -54,11 +60,11 @@ def permute(
             jax.ShapeDtypeStruct((rows, tiles), jnp.float32),
         ],
         grid=(tokens, -(-tiles // at_once)),
-        compiler_params=compiler_params(_warps(at_once * TILE, per_thread)),
+        compiler_params=compiler_params(_warps(at_once * step, per_thread)),
         interpret=interpret,
         name="moe_permute",
     )(x, places, *(() if channel_scale is None else (channel_scale,)))
-    return QTensor(values, scales, (1, TILE), "e4m3")
+    return QTensor(values, scales, (1, tile), "e4m3")
 
 
 def _permute_kernel(
@@ -66,6 +72,8 @@ def _permute_kernel(
     places_ref: Any,
     *refs: Any,
     rows: int,
+    size: int,
+    step: int,
     at_once: int,
     recipe: Recipe,
     interpret: bool,
@@ -73,8 +81,9 @@ def _permute_kernel(
     *channel_scale_ref, values_ref, scales_ref = refs
     token, width = pl.program_id(0), x_ref.shape[1]
     tile = pl.program_id(1) * at_once + jnp.arange(at_once)
-    channel = tile[:, None] * TILE + jnp.arange(TILE)[None]
-    is_real = channel < width
+    within = jnp.arange(step)[None]
+    channel = tile[:, None] * size + within
+    is_real = (channel < width) & (within < size)
     x = plt.load(x_ref.at[token, channel], mask=is_real, other=0.0).astype(jnp.float32)
     for ref in channel_scale_ref:
         x *= plt.load(ref.at[channel], mask=is_real, other=0.0).astype(jnp.float32)
@@ -131,4 +140,4 @@ def _combine_kernel(
 
 
 def _warps(channels: int, per_thread: int) -> int:
-    return max(1, channels // per_thread // 32)
+    return min(max(channels // per_thread // 32, 1), 16)

@@ -25,6 +25,7 @@ from pallas_kernels.moe_permute import (
 from pallas_kernels.select import choose, no_ada
 from pallas_kernels.testing import assert_close, assert_equal, call, distinct
 from pallas_kernels.testing.lower import lower_for_h100
+from pallas_kernels.triton_quant import quantise_tiles
 from tests.oracles import formats
 from tests.tolerances import OP, SCALE_ULPS
 
@@ -47,10 +48,11 @@ def check_permute(op, case, seed=0):
     if args["channel_scale"] is not None:
         x *= np.asarray(args["channel_scale"])
     q = op(**args)
-    assert q.block == (1, 128) and q.values.dtype == jnp.float8_e4m3fn
+    block = 128 if recipe.block[1] else case.width
+    assert q.block == (1, block) and q.values.dtype == jnp.float8_e4m3fn
     assert q.values.shape == (case.num_rows, case.width)
     codes, scales = np.asarray(q.values).view(np.uint8), np.asarray(q.scales)
-    amax = np.float64(formats.block_amax(x[:-1], (1, 128), recipe.floor))
+    amax = np.float64(formats.block_amax(x[:-1], (1, block), recipe.floor))
     for t, row in enumerate(np.asarray(args["places"])[:-1]):
         for place in row[(0 <= row) & (row < case.num_rows)]:
             if recipe.ue8m0:
@@ -59,7 +61,7 @@ def check_permute(op, case, seed=0):
             else:
                 ulps = np.abs(scales[place] - amax[t] / 448) / np.spacing(scales[place])
                 assert ulps.max() <= SCALE_ULPS, f"scales of {t} are {ulps.max()} ulps off"
-            wide = scales[place].repeat(128)[: case.width]
+            wide = scales[place].repeat(block)[: case.width]
             assert_equal(codes[place], formats.to_e4m3(x[t] / wide), f"copy of {t} in {place}")
 
 
@@ -175,10 +177,16 @@ def _kept(args):
     return args | {"places": jnp.abs(args["places"])}
 
 
+def _with_scales_turned(*args):
+    values, scales = quantise_tiles(*args)
+    return values, scales[::-1]
+
+
 permute_bugs = {
     "places of another token": edits(lambda a: a | {"places": jnp.roll(a["places"], 1, axis=0)}),
     "no channel scale": edits(lambda a: a | {"channel_scale": None}),
-    "scales of 64 channels": has("TILE", 64),
+    "scales of another tile": has("quantise_tiles", _with_scales_turned),
+    "a scale per row": edits(lambda a: a | {"recipe": quant.FP8_TOKEN}),
 }
 combine_bugs = {
     "weights of another choice": edits(_rolled),
@@ -207,7 +215,8 @@ def test_suite_sees_in_combine(bug, monkeypatch):
 @pytest.mark.parametrize(
     ("sizes", "recipe", "reason"),
     [
-        ({}, quant.FP8_TOKEN, "needs a scale per 1x128"),
+        ({}, quant.FP8_TENSOR, "needs a scale per 1x128 or per row"),
+        ({"width": 16385}, quant.FP8_TOKEN, "at most 16384 for a scale per row, not 16385"),
         ({"choices": 40}, quant.FP8_TILE, "1 to 32 choices a row, not 5, 256 and 40"),
         ({"tokens": 40000, "width": 65536}, quant.FP8_TILE, "fewer than 2147483648 elements"),
         ({"rows": 2**25}, quant.FP8_TILE, "fewer than 2147483648 elements"),

@@ -1,0 +1,134 @@
+"""`expert_mlp` for `benchmarks.kernels`: a layer's routed experts of DeepSeek-V3, from rows and
+choices to their weighted sums; one set of weights a layer.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import kernel_grouped_matmul
+from benchmarks.layers import one_by_one
+from pallas_kernels.expert_mlp import mosaic_sm90, xla
+from pallas_kernels.expert_mlp.cases import BENCH, Case
+from pallas_kernels.grouped_matmul import cases as products
+
+CASES = tuple(case for case in BENCH if case.weight != "array")
+MATMUL = "fp8_tflops"
+"""The ceiling of its products."""
+TOLERANCE = 5e-3
+"""Of |got - want| / |want| where rows go through the experts in e4m3. bf16 results: 2e-3."""
+ROWS_AS_THEY_ARE = 6e-2
+"""Likewise of `xla`, whose rows are bf16: 4.5e-2."""
+CHECKED = 64
+"""Rows that are checked, of the whole."""
+
+# Microseconds on another H100 80GB HBM3 on 2026-11-22, whose ceilings were as in
+# `kernel_grouped_matmul`. DeepGEMM: the two products alone, of rows that are sorted and quantized.
+REFERENCES = {
+    f"e4m3 deepseek-v3 8 experts t{tokens}": {"DeepGEMM's two products": us}
+    for tokens, us in {1: 136, 32: 134, 128: 145, 512: 308, 4096: 2291}.items()
+}
+REFERENCE_CEILINGS = kernel_grouped_matmul.REFERENCE_CEILINGS
+
+
+def make(case: Case, seed: int = 0) -> dict[str, Any]:
+    """Random arguments on the device: (x, router weights, experts) of several layers, and their
+    weights.
+    """
+    gate_up = _weights(case, (2, case.width), case.hidden, seed)
+    down = _weights(case, (case.hidden,), case.width, seed + 1)
+    layers = list(zip(gate_up, down, strict=False))  # of the smaller ones there are more
+    keys = jax.random.split(jax.random.key(seed), 2 * len(layers))
+    shape, choices = (case.rows, case.hidden), (case.rows, case.per_token)
+    rng = np.random.default_rng(seed)
+    return {
+        "rows": [
+            (
+                jax.random.normal(keys[2 * i], shape, jnp.bfloat16),
+                jax.random.uniform(keys[2 * i + 1], choices, jnp.float32),
+                jnp.asarray(_chosen(case, rng)),
+            )
+            for i in range(len(layers))
+        ],
+        "weights": layers,
+    }
+
+
+def _weights(case: Case, lead: tuple[int, ...], inputs: int, seed: int) -> list[Any]:
+    of_product = products.Case(
+        name=str(case),
+        rows=case.experts,
+        experts=case.experts,
+        lead=lead,
+        k=inputs,
+        weight=case.weight,
+        x="token" if case.packed else "tile",
+        packed=case.packed,
+    )
+    return kernel_grouped_matmul.make(of_product, seed)["weights"]
+
+
+def _chosen(case: Case, rng: np.random.Generator) -> np.ndarray:
+    order = np.argsort(rng.random((case.rows, case.experts)), axis=1)
+    return order[:, : case.per_token].astype(np.int32)
+
+
+def implementations(case: Case, sweep: bool, others: bool) -> Iterator[tuple[str, Any]]:
+    """(name, function of the op's arguments). There is nothing to sweep."""
+    yield "mosaic_sm90", mosaic_sm90.expert_mlp
+    if others:
+        yield "xla", xla.expert_mlp
+
+
+def every_layer(run: Any, case: Case, args: dict[str, Any]) -> tuple[Any, Any, int]:
+    """(a function that does the op for each layer, one after the other; what it takes; the number
+    of layers).
+    """
+
+    def function(rows: Any, weights: Any) -> Any:
+        operands = [(*r, *w) for r, w in zip(rows, weights, strict=True)]
+        return one_by_one(lambda this: run(*this), operands)
+
+    return function, (args["rows"], args["weights"]), len(args["rows"])
+
+
+def answers(case: Case, args: dict[str, Any]) -> tuple[Any, slice, jax.Array]:
+    """(operands, which rows, results for these of the same quantization in plain JAX)."""
+    x, weights, experts = args["rows"][0]
+    gate_up, down = args["weights"][0]
+    some = slice(None, None, max(1, case.rows // CHECKED))
+    plain = jax.jit(functools.partial(mosaic_sm90.expert_mlp, steps=mosaic_sm90.PLAIN))
+    want = plain(x[some], weights[some], experts[some], gate_up, down)
+    return (x, weights, experts, gate_up, down), some, want
+
+
+def check(run: Any, case: Case, answers: tuple[Any, slice, jax.Array]) -> dict[str, float]:
+    """The relative error against `answers`.
+
+    Raises:
+        ValueError: it is larger than the tolerance.
+    """
+    operands, some, want = answers
+    got = jax.jit(run)(*operands)[some].astype(jnp.float32)
+    want = want.astype(jnp.float32)
+    error = float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
+    if not error <= (ROWS_AS_THEY_ARE if run is xla.expert_mlp else TOLERANCE):
+        raise ValueError(f"{case}: results are off by {error:.3g} of their size")
+    return {"out": error}
+
+
+def flops(case: Case) -> float:
+    """Multiplications and additions of the three products."""
+    return 6.0 * case.rows * case.per_token * case.hidden * case.width
+
+
+def bytes_moved(case: Case, args: dict[str, Any]) -> float:
+    """The weights of experts with rows once, rows and results once."""
+    x, _, experts = args["rows"][0]
+    share = np.unique(experts).size / case.experts
+    leaves = jax.tree.leaves(args["weights"][0])
+    return share * sum(leaf.nbytes for leaf in leaves) + 2.0 * x.nbytes
