@@ -38,8 +38,12 @@ def main() -> None:
 
 def tables(result: dict[str, Any]) -> str:
     """One op: how it was measured, and a row for each case and implementation."""
-    before, after = result["ceilings"], result["ceilings_after"]
-    ceilings = ", ".join(f"{name} {before[name]:.0f} / {after[name]:.0f}" for name in before)
+    before, after = result["ceilings"], result.get("ceilings_after", {})
+    ceilings = ", ".join(
+        f"{name} {value:.0f} / {after[name]:.0f}" if after else f"{name} {value:.0f} / not measured"
+        for name, value in before.items()
+    )
+    note = f" Note: {result['note']}." if "note" in result else ""
     rows = [
         f"| {row['case']} | {row['impl']} | {spread(row)} | {100 * row['part_of_floor']:.0f} % "
         f"| {others(row)} | {max(row['errors'].values()):.1e} |"
@@ -51,7 +55,7 @@ def tables(result: dict[str, Any]) -> str:
             f"### {result['op']}",
             "",
             f"{result['device']}, jax {result['versions']['jax']}, {result['date'][:10]}, commit "
-            f"{result['commit'][:8]}. Ceilings before / after: {ceilings}.",
+            f"{result['commit'][:7]}. Ceilings before / after: {ceilings}.{note}",
             "",
             "| case | implementation | us, median (5 % - 95 %) | of the floor | others, us "
             "| largest error |",

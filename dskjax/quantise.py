@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import jax
-import jax.numpy as jnp
 
 from dskjax.params import Params, is_weight
 from pallas_kernels import QTensor, Recipe, dequantise

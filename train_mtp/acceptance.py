@@ -20,10 +20,22 @@ from dskjax.tokenizer import Tokenizer
 
 
 def prompts_of(
-    documents: Sequence[Document], tokenizer: Tokenizer, *, count: int, length: int
+    documents: Sequence[Document],
+    tokenizer: Tokenizer,
+    *,
+    count: int,
+    length: int,
+    stride: int | None = None,
 ) -> list[list[int]]:
-    """Token ids of the first `length` tokens (bos included) of the first `count` documents that are
-    longer than that.
+    """Prompts of `length` tokens from held-out documents.
+
+    Args:
+        documents: those longer than a prompt are used, in order.
+        tokenizer: of the model.
+        count: most prompts.
+        length: tokens of each, bos included.
+        stride: also take prompts from within documents, one every `stride` tokens: the first of
+            every document, then the second of every document, and so on. None takes the first only.
 
     Raises:
         ValueError: no document is long enough.
@@ -31,7 +43,15 @@ def prompts_of(
     encoded = (
         tokenizer.encode(d.text, bos=not d.rendered, parse_special=d.rendered) for d in documents
     )
-    found = list(itertools.islice((ids[:length] for ids in encoded if len(ids) > length), count))
+    long = (ids for ids in encoded if len(ids) > length)
+    if stride is None:
+        found = [ids[:length] for ids in itertools.islice(long, count)]
+    else:
+        cut = [
+            [ids[at : at + length] for at in range(0, len(ids) - length, stride)] for ids in long
+        ]
+        turns = itertools.chain.from_iterable(itertools.zip_longest(*cut))
+        found = list(itertools.islice((ids for ids in turns if ids is not None), count))
     if not found:
         raise ValueError(
             f"none of {len(documents)} documents has more than {length} tokens; use shorter prompts"
@@ -70,24 +90,48 @@ def measure(
         accepted drafts per step), `per_position` (P(at least i drafts accepted)), `conditional`,
         `prompts`, `steps` and `tokens`.
     """
-    kinds: dict[str, list[AcceptanceStats]] = {}
-    for kind, rows in prompts.items():
-        sampling = SamplingParams.make(
-            len(rows), temperature=temperature, seed=[seed + i for i in range(len(rows))]
-        )
-        result = generate(
-            params,
-            cfg,
-            rows,
-            max_tokens=max_tokens,
-            sampling=sampling,
-            accept=rule,
-            drafts=drafts,
-            impl=impl,
-        )
-        kinds[kind] = result.per_prompt
+    kinds = decode(
+        params,
+        cfg,
+        prompts,
+        drafts=drafts,
+        temperature=temperature,
+        rule=rule,
+        max_tokens=max_tokens,
+        seed=seed,
+        impl=impl,
+    )
     everything = list(itertools.chain.from_iterable(kinds.values()))
     return {**record(everything), "kinds": {kind: record(stats) for kind, stats in kinds.items()}}
+
+
+def decode(
+    params: Params,
+    cfg: ModelConfig,
+    prompts: Mapping[str, Sequence[Sequence[int]]],
+    *,
+    drafts: int,
+    temperature: float,
+    rule: RuleOptions | str,
+    max_tokens: int,
+    seed: int = 0,
+    impl: str = "auto",
+) -> dict[str, list[AcceptanceStats]]:
+    """Counts of each prompt by kind; all prompts are decoded as one batch. See `measure`."""
+    rows = list(itertools.chain.from_iterable(prompts.values()))
+    seeds = [seed + i for of_kind in prompts.values() for i in range(len(of_kind))]
+    result = generate(
+        params,
+        cfg,
+        rows,
+        max_tokens=max_tokens,
+        sampling=SamplingParams.make(len(rows), temperature=temperature, seed=seeds),
+        accept=rule,
+        drafts=drafts,
+        impl=impl,
+    )
+    stats = iter(result.per_prompt)
+    return {kind: list(itertools.islice(stats, len(rows))) for kind, rows in prompts.items()}
 
 
 def record(stats: Sequence[AcceptanceStats]) -> dict[str, Any]:

@@ -5,7 +5,19 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from dskjax.cli import acceptance, bench, convert, eplb, eval, heads, launch, model, serve, train
+from dskjax.cli import (
+    acceptance,
+    bench,
+    convert,
+    eplb,
+    eval,
+    heads,
+    launch,
+    model,
+    serve,
+    study,
+    train,
+)
 from dskjax.cli.common import app, err, train_mtp
 from dskjax.extras import EXTRAS, hint
 
@@ -21,6 +33,7 @@ __all__ = [
     "main",
     "model",
     "serve",
+    "study",
     "train",
     "train_mtp",
 ]

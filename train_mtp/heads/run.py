@@ -73,9 +73,9 @@ def train_heads(
     out = Path(config.out)
     sharding = sharding_of(config.mesh, config.sharding)
     folder = hub.find(config.trunk, progress=config.progress and runs.is_first())
-    frozen, trunk = _load(config, folder, sharding)
+    frozen, trunk = load_trunk(config, folder, sharding)
     tokenizer = Tokenizer.load(folder)
-    _check(config, trunk, tokenizer)
+    check_fit(config, trunk, tokenizer)
     recipe = recipe_of(config, trunk, sharding)
     files = list_files(config.data)
     identity = {
@@ -91,7 +91,7 @@ def train_heads(
         store = open_.enter_context(
             Store(out / "checkpoints", keep_last=config.keep_last, keep_best=best)
         )
-        fresh = functools.partial(_first_state, config, recipe, frozen, trunk)
+        fresh = functools.partial(first_state, config, recipe, frozen, trunk)
         state, seconds = runs.begin(out, store, identity, recipe, fresh)
         start = int(state.step)
         if runs.is_first():  # not before the folder is known to be this run's
@@ -146,7 +146,7 @@ def train_heads(
         "train_seconds": round(run.seconds, 1),
         "validation": scores,
     }
-    return _ship(config.model_folder, state.params, frozen, recipe, folder, record)
+    return ship(config.model_folder, state.params, frozen, recipe, folder, record)
 
 
 def export_heads(run: str | Path, out: str | Path, *, step: int | None = None) -> Path:
@@ -168,7 +168,7 @@ def export_heads(run: str | Path, out: str | Path, *, step: int | None = None) -
     config = HeadsConfig(**{**fields, "watch": tuple(fields["watch"])})
     sharding = sharding_of(config.mesh, config.sharding)
     folder = hub.find(config.trunk, progress=config.progress)
-    frozen, trunk = _load(config, folder, sharding)
+    frozen, trunk = load_trunk(config, folder, sharding)
     recipe = recipe_of(config, trunk, sharding)
     frozen = {name: group for name, group in frozen.items() if name != MODULES}
     with Store(Path(run) / "checkpoints", keep_last=None, keep_best=BEST) as store:
@@ -180,10 +180,10 @@ def export_heads(run: str | Path, out: str | Path, *, step: int | None = None) -
     if extra["trunk"] != fingerprint(frozen):
         raise ValueError(f"{config.trunk} is not the trunk that {run} was trained on any more")
     record = {"config": dataclasses.asdict(config), "trunk": extra["trunk"], "steps": step}
-    return _ship(Path(out), state.params, frozen, recipe, folder, record)
+    return ship(Path(out), state.params, frozen, recipe, folder, record)
 
 
-def _ship(
+def ship(
     out: Path,
     heads: Params,
     frozen: Params,
@@ -191,7 +191,8 @@ def _ship(
     folder: Path,
     record: Mapping[str, Any],
 ) -> Path:
-    params = {**frozen, **_shipped(heads, recipe, frozen)}
+    """Writes trunk and heads as one model folder, with the tokenizer of `folder`."""
+    params = {**frozen, **shipped(heads, recipe, frozen)}
     return export(out, params, recipe.cfg, tokenizer=folder, record=record)
 
 
@@ -234,7 +235,8 @@ def _sums_of_bits(x: jax.Array) -> jax.Array:
     return jnp.stack([bits.sum(dtype=jnp.uint32), (bits * place).sum(dtype=jnp.uint32)])
 
 
-def _load(config: HeadsConfig, folder: Path, sharding: Any) -> tuple[Params, ModelConfig]:
+def load_trunk(config: HeadsConfig, folder: Path, sharding: Any) -> tuple[Params, ModelConfig]:
+    """Params of the checkpoint in `folder`, its own modules among them, and its config."""
     return checkpoint.load(
         folder,
         dtype=config.precision,
@@ -249,7 +251,8 @@ def _judge(values: Mapping[str, Any]) -> dict[str, float]:
     return {BEST: kinds.get("all", next(iter(kinds.values())))[BEST]}
 
 
-def _check(config: HeadsConfig, trunk: ModelConfig, tokenizer: Tokenizer) -> None:
+def check_fit(config: HeadsConfig, trunk: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Raises ValueError if the tokenizer or the rows do not fit the trunk."""
     if tokenizer.vocab_size > trunk.vocab_size:
         raise ValueError(
             f"{tokenizer.source} has ids up to {tokenizer.vocab_size - 1}, but {config.trunk} has "
@@ -262,9 +265,11 @@ def _check(config: HeadsConfig, trunk: ModelConfig, tokenizer: Tokenizer) -> Non
         )
 
 
-def _first_state(
+def first_state(
     config: HeadsConfig, recipe: HeadsRecipe, frozen: Params, trunk: ModelConfig
 ) -> TrainState:
+    """Step 0 of a run; `frozen` with the checkpoint's own modules, from which heads may begin."""
+
     def make(frozen: Params) -> Params:
         return first_weights(frozen, trunk, recipe, config.init, config.seed)
 
@@ -290,8 +295,8 @@ def _step(
     return head_step(state, frozen, batch, teach(frozen, batch, recipe=recipe), recipe=recipe)
 
 
-def _shipped(heads: Params, recipe: HeadsRecipe, frozen: Params) -> Params:
-    """The modules in the dtype that the trunk has: its own, or bf16 beside quantized weights."""
+def shipped(heads: Params, recipe: HeadsRecipe, frozen: Params) -> Params:
+    """`mtp_layers` in the dtype that the trunk has: its own, or bf16 beside quantized weights."""
     dtypes = {leaf.dtype for _, leaf in named_leaves(frozen) if not is_weight(leaf)}
     dtype = jnp.float32 if dtypes == {jnp.dtype("float32")} else jnp.bfloat16
     return cast(heads, recipe.specs(), dtype)

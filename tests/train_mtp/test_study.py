@@ -1,0 +1,267 @@
+"""Studies: several sets of heads on one trunk pass learn what runs of their own teach them."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dskjax.checkpoint import load_config, load_hf, save_hf
+from dskjax.documents import iter_documents
+from dskjax.model import init
+from dskjax.params import named_leaves
+from dskjax.tokenizer import Tokenizer
+from tests.train_mtp import toy
+from train_mtp.acceptance import measure, prompts_of
+from train_mtp.heads.config import HeadsConfig
+from train_mtp.heads.run import recipe_of, train_heads
+from train_mtp.metrics import METRICS, read_metrics, without_clock
+from train_mtp.state import TrainState
+from train_mtp.study import evaluate
+from train_mtp.study.evaluate import Evaluation
+from train_mtp.study.page import render
+from train_mtp.study.run import run_study
+from train_mtp.study.train import Trainee
+from train_mtp.study.variants import read_table
+
+TOKENIZER = Path(__file__).parents[2] / "examples" / "tiny-deepseek"
+STEPS = 5
+SHARED = {"name": "shared 2", "layers": 2, "weights": "shared", "ce": 1.0, "kl": 0.0}
+CHAIN = {
+    **{"name": "chain 2", "layers": 2, "weights": "independent", "lk": 0.5, "lr": 2e-2},
+    **{"init": "random", "seeds": [1]},  # weights that depend on the seed
+}
+TABLE = {
+    "baseline": "shipped",
+    "variants": [
+        {"name": "shipped", "trained": False},
+        {**SHARED, "seeds": [0, 1]},
+        CHAIN,
+        {"name": "lost", "layers": 1, "weights": "shared", "lr": 1e18},
+    ],
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick():
+    with toy.quick_compiler():
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A trunk with one module, and text."""
+    folder = tmp_path_factory.mktemp("study")
+    tokenizer = Tokenizer.load(TOKENIZER)
+    cfg = dataclasses.replace(
+        toy.model(vocab_size=6144),
+        num_hidden_layers=1,
+        first_k_dense_replace=0,
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=tuple(tokenizer.eos_ids),
+    )
+    params = jax.jit(lambda: init(cfg, jax.random.key(1), std=0.2))()
+    save_hf(folder / "trunk", params, cfg)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(TOKENIZER / name, folder / "trunk" / name)
+    lines = [f"def f{i}(x):\n    return x + {i}\n" * (1 + i % 4) for i in range(60)]
+    (folder / "train.txt").write_text("\x1e\n".join(lines) + "\x1e\n")
+    (folder / "code.txt").write_text("\x1e\n".join(reversed(lines)) + "\x1e\n")
+    (folder / "prose.txt").write_text("Été, ça va, et toi, comment vas-tu ?\x1e\n")
+    return folder
+
+
+def config(folder: Path, out: str, **changes) -> HeadsConfig:
+    given = {
+        "trunk": str(folder / "trunk"),
+        "data": [folder / "train.txt"],
+        "out": folder / out,
+        "cache_dir": folder / "tokens",
+        "seq_len": 16,
+        "batch_size": 4,
+        "steps": STEPS,
+        "warmup": 2,
+        "lr": 1e-2,
+        "top_k": 32,
+        "precision": "float32",
+        "mesh": "dp=1",
+        "log_every": 2,
+        "progress": False,
+    }
+    return HeadsConfig(**{**given, **changes})
+
+
+def evaluation(folder: Path, **changes) -> Evaluation:
+    given = {
+        "text": [folder / "code.txt", folder / "prose.txt"],
+        "drafts": (2,),
+        "prompts": 3,
+        "prompt_tokens": 8,
+        "stride": 4,
+        "max_tokens": 6,
+    }
+    return Evaluation(**{**given, **changes})
+
+
+@pytest.fixture(scope="module")
+def studied(folder):
+    (folder / "table.json").write_text(json.dumps(TABLE))
+    given = config(folder, "study")
+    path = run_study(given, folder / "table.json", evaluation(folder), keep=True, command="this")
+    return json.loads(path.read_text())
+
+
+def heads_of(model: Path) -> dict[str, np.ndarray]:
+    params, _ = load_hf(model)
+    return {name: np.asarray(leaf) for name, leaf in named_leaves(params["mtp_layers"])}
+
+
+@pytest.mark.parametrize(
+    ("row", "slug", "seed"),
+    [(SHARED, "shared-2-seed0", 0), (SHARED, "shared-2-seed1", 1), (CHAIN, "chain-2-seed1", 1)],
+)
+def test_heads_learn_together_what_a_run_of_their_own_teaches(row, slug, seed, studied, folder):
+    options = {name: value for name, value in row.items() if name not in ("name", "seeds")}
+    alone = config(folder, f"alone-{slug}", seed=seed, **options)
+    expected = heads_of(train_heads(alone))
+    found = heads_of(folder / "study" / slug / "model")
+    assert expected.keys() == found.keys()
+    for name, leaf in expected.items():
+        assert leaf.tobytes() == found[name].tobytes(), name
+    logs = [read_metrics(path / METRICS) for path in (Path(alone.out), folder / "study" / slug)]
+    theirs, ours = ([without_clock(r) for r in rows if r["event"] == "train"] for rows in logs)
+    assert ours == theirs and [r["step"] for r in ours] == [1, 2, 4, 5]
+    before = heads_of(folder / "trunk")["eh_proj"]
+    assert np.abs(found["eh_proj"] - before).max() > 1e-3
+
+
+def test_result_has_a_row_for_each_variant_and_seed(studied):
+    rows = {(row["variant"], row["seed"]): row for row in studied["rows"]}
+    names = [("shipped", 0), ("shared 2", 0), ("shared 2", 1), ("chain 2", 1), ("lost", 0)]
+    assert set(rows) == set(names)
+    assert studied["baseline"] == "shipped" and studied["command"] == "this"
+    assert studied["evaluation"]["prompts"] == {"code": 3, "prose": 3}
+    assert len(studied["trunk"]["sha256"]) == 64 and studied["versions"]["jax"] == jax.__version__
+    for name in names[:-1]:
+        settings = [(a["drafts"], a["temperature"]) for a in rows[name]["acceptance"]]
+        assert settings == [(2, 0.0), (2, 1.0)], name
+    assert rows[("shipped", 0)]["steps"] == 0 and rows[("shared 2", 0)]["tokens"] == STEPS * 64
+    chain = rows[("chain 2", 1)]
+    assert (chain["lk"], chain["lr"], chain["layers"]) == (0.5, 2e-2, 2)
+    assert chain["parameters"] == 2 * rows[("shared 2", 0)]["parameters"]
+    for record in chain["acceptance"]:
+        kinds = record["kinds"].values()
+        accepted, drafted = (sum(sum(k[name]) for k in kinds) for name in ("accepted", "drafted"))
+        assert record["accepted_per_drafted"] == accepted / drafted
+        assert sum(kind["prompts"] for kind in kinds) == 6
+
+
+def test_variant_is_measured_at_the_drafts_it_can_serve(folder, monkeypatch):
+    """Those that share a compiled step take turns; each variant is reported once, in order."""
+    table = of({**SHARED}, {**CHAIN}, {**CHAIN, "name": "chain 3", "layers": 3})
+    (folder / "three.json").write_text(json.dumps(table))
+    variants = read_table(folder / "three.json", config(folder, "x")).variants
+    trunk = load_config(folder / "trunk")
+    trainees = [
+        Trainee(variant=v, recipe=recipe_of(v.config, trunk, None), state=TrainState(0, {}, {}))
+        for v in variants
+    ]
+
+    def answer(trainee, frozen, prompts, evaluation, drafts):
+        return [{"drafts": drafts, "temperature": t} for t in evaluation.temperatures[::-1]]
+
+    done = []
+    monkeypatch.setattr(evaluate, "measure_one", answer)
+    asked = evaluation(folder, drafts=(3, 2))
+    evaluate.evaluate_together(trainees, {}, {}, asked, lambda t, found, _: done.append((t, found)))
+    found = {t.variant.name: [(r["drafts"], r["temperature"]) for r in rows] for t, rows in done}
+    every = [(2, 0.0), (2, 1.0), (3, 0.0), (3, 1.0)]
+    assert found == {"shared 2": every, "chain 2": every[:2], "chain 3": every}
+    assert len(done) == 3
+
+
+def test_variant_that_diverges_is_said_to_and_not_measured(studied):
+    [lost] = [row for row in studied["rows"] if row["variant"] == "lost"]
+    assert lost["diverged"] and lost["acceptance"] == [] and lost["last_step"]["loss"] == "nan"
+    assert not any(row["diverged"] for row in studied["rows"] if row is not lost)
+
+
+def test_acceptance_is_that_of_the_exported_model(studied, folder):
+    tokenizer = Tokenizer.load(TOKENIZER)
+    prompts = evaluation(folder).read(tokenizer)
+    params, cfg = load_hf(folder / "study" / "shared-2-seed1" / "model")
+    with jax.default_matmul_precision("highest"):
+        expected = measure(
+            params, cfg, prompts, drafts=2, temperature=1.0, rule="rejection", max_tokens=6
+        )
+    [row] = [r for r in studied["rows"] if (r["variant"], r["seed"]) == ("shared 2", 1)]
+    [record] = [r for r in row["acceptance"] if (r["drafts"], r["temperature"]) == (2, 1.0)]
+    for name in ("accepted_per_drafted", "mean_accepted_length", "tokens", "per_position"):
+        assert record[name] == pytest.approx(expected[name], nan_ok=True), name
+
+
+def test_report_reads_what_a_study_writes(studied, folder):
+    text = render([folder / "study" / "study.json"], folder / "report.md")
+    assert "The variant that the others are compared with is **shipped**." in text
+    [row] = [r for r in studied["rows"] if r["variant"] == "chain 2"]
+    [record] = [r for r in row["acceptance"] if r["temperature"] == 0]
+    assert f"| chain 2 | 1 | {record['accepted_per_drafted']:.3f} (" in text
+    assert "Diverged, and not measured: lost." in text
+
+
+def test_prompts_are_taken_from_every_document_in_turn(folder):
+    tokenizer = Tokenizer.load(TOKENIZER)
+    documents = list(iter_documents([folder / "code.txt"]))[:2]
+    ids = [tokenizer.encode(d.text, bos=True) for d in documents]
+    found = prompts_of(documents, tokenizer, count=4, length=8, stride=4)
+    assert found == [ids[0][:8], ids[1][:8], ids[0][4:12], ids[1][4:12]]
+
+
+def test_study_leaves_out_the_seeds_for_which_there_is_no_time(folder):
+    table = {"baseline": "shared 2", "variants": [{**SHARED, "seeds": [0, 1]}]}
+    (folder / "short.json").write_text(json.dumps(table))
+    given = config(folder, "short", max_minutes=1e-3)
+    asked = evaluation(folder, temperatures=(0.0,))
+    result = json.loads(run_study(given, folder / "short.json", asked).read_text())
+    assert result["skipped"] == ["shared-2-seed1"]
+    [row] = result["rows"]
+    assert 1 <= row["steps"] < STEPS and len(row["acceptance"]) == 1
+
+
+def of(*rows: dict, baseline: str = "shared 2") -> dict:
+    return {"baseline": baseline, "variants": list(rows)}
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("{", "not JSON"),
+        ({"variants": [SHARED]}, 'expected an object of "baseline" and "variants"'),
+        (of(), "at least one variant"),
+        (of(SHARED, baseline="x"), r"\"baseline\": 'x' is none of \['shared 2'\]"),
+        (of({"layers": 2}), 'variant 0: expected an object with a "name"'),
+        (of({**SHARED, "top_k": 4}), r"\('shared 2'\): 'top_k' cannot be set here"),
+        (of({**SHARED, "layers": 0}), r"\('shared 2'\): layers=0 must be at least 1"),
+        (of({**SHARED, "layers": "two"}), r"\('shared 2'\): layers='two' must be of type int"),
+        (of({**SHARED, "seeds": [1, 1]}), r"seeds=\[1, 1\] must list different"),
+        (of({**SHARED, "trained": 0}), "trained=0 must be true or false"),
+        (of(SHARED, {**SHARED, "name": "Shared-2"}), "share the folder 'shared-2-seed0'"),
+        (of({**SHARED, "trained": False}), r"shipped module, without \['ce', 'kl', 'layers'"),
+    ],
+)
+def test_table_that_makes_no_sense_is_refused(table, message, folder):
+    path = folder / "bad.json"
+    path.write_text(table if isinstance(table, str) else json.dumps(table))
+    with pytest.raises(ValueError, match=message) as caught:
+        read_table(path, config(folder, "x"))
+    assert str(path) in str(caught.value)
+
+
+def test_variant_that_can_draft_nothing_of_what_is_asked_is_refused(folder):
+    table = {"baseline": "one", "variants": [{"name": "one", "layers": 1}]}
+    (folder / "one.json").write_text(json.dumps(table))
+    with pytest.raises(ValueError, match=r"'one' has 1 independent modules and cannot draft any"):
+        run_study(config(folder, "x"), folder / "one.json", evaluation(folder))
