@@ -1,17 +1,14 @@
 """Studies: several sets of heads on one trunk pass learn what runs of their own teach them."""
 
-import dataclasses
 import json
-import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from dskjax.checkpoint import load_config, load_hf, save_hf
+from dskjax.checkpoint import load_config, load_hf
 from dskjax.documents import iter_documents
-from dskjax.model import init
 from dskjax.params import named_leaves
 from dskjax.tokenizer import Tokenizer
 from tests.train_mtp import toy
@@ -55,20 +52,7 @@ def _quick():
 def folder(tmp_path_factory):
     """A trunk with one module, and text."""
     folder = tmp_path_factory.mktemp("study")
-    tokenizer = Tokenizer.load(TOKENIZER)
-    cfg = dataclasses.replace(
-        toy.model(vocab_size=6144),
-        num_hidden_layers=1,
-        first_k_dense_replace=0,
-        bos_token_id=tokenizer.bos_id,
-        eos_token_id=tuple(tokenizer.eos_ids),
-    )
-    params = jax.jit(lambda: init(cfg, jax.random.key(1), std=0.2))()
-    save_hf(folder / "trunk", params, cfg)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(TOKENIZER / name, folder / "trunk" / name)
-    lines = [f"def f{i}(x):\n    return x + {i}\n" * (1 + i % 4) for i in range(60)]
-    (folder / "train.txt").write_text("\x1e\n".join(lines) + "\x1e\n")
+    lines = toy.write_trunk(folder)
     (folder / "code.txt").write_text("\x1e\n".join(reversed(lines)) + "\x1e\n")
     (folder / "prose.txt").write_text("Été, ça va, et toi, comment vas-tu ?\x1e\n")
     return folder

@@ -1,15 +1,23 @@
 """A model that compiles in seconds, and packed batches for it."""
 
 import contextlib
+import dataclasses
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import numpy as np
 
+from dskjax.checkpoint import save_hf
 from dskjax.config import MlaConfig, ModelConfig, MoeConfig, MtpConfig
+from dskjax.model import init
+from dskjax.tokenizer import Tokenizer
 from train_mtp.data import Batch
 from train_mtp.optim import AdamW
 from train_mtp.step import Recipe
+
+TOKENIZER = Path(__file__).parents[2] / "examples" / "tiny-deepseek"
 
 
 def model(vocab_size: int = 64, modules: int = 1) -> ModelConfig:
@@ -39,6 +47,27 @@ def model(vocab_size: int = 64, modules: int = 1) -> ModelConfig:
         bos_token_id=0,
         eos_token_id=(1,),
     )
+
+
+def write_trunk(folder: Path) -> list[str]:
+    """A trunk of one layer with one module in `folder`/trunk, and text for it in train.txt; returns
+    the documents.
+    """
+    tokenizer = Tokenizer.load(TOKENIZER)
+    cfg = dataclasses.replace(
+        model(vocab_size=6144),
+        num_hidden_layers=1,
+        first_k_dense_replace=0,
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=tuple(tokenizer.eos_ids),
+    )
+    params = jax.jit(lambda: init(cfg, jax.random.key(1), std=0.2))()
+    save_hf(folder / "trunk", params, cfg)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(TOKENIZER / name, folder / "trunk" / name)
+    lines = [f"def f{i}(x):\n    return x + {i}\n" * (1 + i % 4) for i in range(60)]
+    (folder / "train.txt").write_text("\x1e\n".join(lines) + "\x1e\n")
+    return lines
 
 
 def recipe(**changes) -> Recipe:

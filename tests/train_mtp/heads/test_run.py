@@ -47,20 +47,7 @@ def _quick():
 def folder(tmp_path_factory):
     """A trunk with one module, text, and conversations."""
     folder = tmp_path_factory.mktemp("heads")
-    tokenizer = Tokenizer.load(TOKENIZER)
-    cfg = dataclasses.replace(
-        toy.model(vocab_size=6144),
-        num_hidden_layers=1,
-        first_k_dense_replace=0,
-        bos_token_id=tokenizer.bos_id,
-        eos_token_id=tuple(tokenizer.eos_ids),
-    )
-    params = jax.jit(lambda: init(cfg, jax.random.key(1), std=0.2))()
-    save_hf(folder / "trunk", params, cfg)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(TOKENIZER / name, folder / "trunk" / name)
-    lines = [f"def f{i}(x):\n    return x + {i}\n" * (1 + i % 4) for i in range(60)]
-    (folder / "train.txt").write_text("\x1e\n".join(lines) + "\x1e\n")
+    toy.write_trunk(folder)
     (folder / "valid.txt").write_text("def g(x):\n    return x * 2\n\x1e\nÉté, ça va.\n\x1e\n")
     rows = [{"question": f"{i} + {i}?", "answer": f"It is {2 * i}."} for i in range(40)]
     (folder / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
