@@ -3,8 +3,9 @@
     python benchmarks/load_checkpoint.py --out benchmarks/results/load-checkpoint.json
 
 Writes checkpoints of random values (bf16; fp8 with 128x128 block scales), several shards each, and
-measures every one in processes of their own. Time: `load_hf` as stored, and in turn with it one
-thread that reads the same files by preadv into one reused buffer; the page cache is warm. Memory:
+measures every one in processes of their own. Time: `load_hf`, and in turn with it one thread that
+reads the same files by preadv into one reused buffer; from the page cache, and `cold` from the disk
+(before each run the kernel is told to drop the files). Memory:
 the largest RssAnon while loading, beyond what the process had before and what the result takes.
 Where other work runs, `--realtime` makes it wait while times are taken.
 """
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +69,7 @@ def main() -> None:
         kind, what = args.child
         if args.realtime:
             os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(5))
-        measure = {"time": functools.partial(time_loads, runs=args.runs), "memory": peak_memory}
+        measure = {"time": functools.partial(time_both, runs=args.runs), "memory": peak_memory}
         print(json.dumps(measure[what](args.scratch, options_of(kind))))
         return
     results = {}
@@ -194,14 +196,26 @@ def model_of(values: int) -> ModelConfig:
     return dataclasses.replace(cfg, num_hidden_layers=1 + layers)
 
 
-def time_loads(folder: Path, options: dict[str, Any], runs: int) -> dict[str, Any]:
-    """Seconds to load and to read, taken in turns after one of each that does not count."""
+def time_both(folder: Path, options: dict[str, Any], runs: int) -> dict[str, Any]:
+    """Seconds from the page cache, and under `cold` from the disk."""
+    warm = time_loads(folder, options, runs)
+    return warm | {"cold": time_loads(folder, options, runs, forget)}
+
+
+def time_loads(
+    folder: Path, options: dict[str, Any], runs: int, before: Callable[[Path], object] = Path.exists
+) -> dict[str, Any]:
+    """Seconds to load and to read, taken in turns after one of each that does not count; `before`
+    each, not timed, something is done with the folder.
+    """
     plain, load, buffer = [], [], bytearray(8 << 20)
     total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     for _ in range(runs + 1):
+        before(folder)
         begun = time.perf_counter()
         read_all(folder, buffer)
         plain.append(time.perf_counter() - begun)
+        before(folder)
         begun = time.perf_counter()
         params, _ = load_hf(folder, **options)
         load.append(time.perf_counter() - begun)
@@ -214,6 +228,14 @@ def time_loads(folder: Path, options: dict[str, Any], runs: int) -> dict[str, An
         "plain_read_gb_s": total / statistics.median(plain) / 1e9,
         "ratio": statistics.median(load) / statistics.median(plain),
     }
+
+
+def forget(folder: Path) -> None:
+    """Drops the files from the page cache."""
+    for path in folder.glob("*.safetensors"):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())  # what is not on the disk yet would stay
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def spread(seconds: list[float]) -> dict[str, float]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from dskjax.checkpoint.dequantise import dequantise
 from dskjax.checkpoint.packing import int4_from_row_pairs, int4_from_words, scales_to_float32
 from dskjax.checkpoint.safetensors import CheckpointError, numpy_dtype
 from dskjax.checkpoint.shards import Shards
@@ -79,8 +80,8 @@ def dequantised(shards: Shards, stored: Stored, dtype: np.dtype) -> Source:
         tensors=(stored.values, stored.scales),
         shape=stored.slot.shape,
         dtype=dtype,
-        # NumPy looks up by 8-byte indices; float32 values and scales follow.
-        row_cost=16 * stored.slot.shape[1],
+        # Codes, and float32 values where `columns` scales them.
+        row_cost=(1 if stored.columns is None else 9) * stored.slot.shape[1],
         fill=functools.partial(_fill_dequantised, shards, stored),
     )
 
@@ -137,22 +138,17 @@ def _fill_dequantised(
 ) -> None:
     packed = _rows(codes(shards, stored), start, stop)
     rows, columns = stored.block
-    width = stored.slot.shape[1]
-    table = _E4M3 if stored.form == "fp8" else _INT4
-    real = table[packed.view(np.uint8)].reshape(out.shape)
     first = start // rows
-    multipliers = _rows(scales(shards, stored), first, -(-stop // rows))
-    wide = np.repeat(multipliers, columns, axis=1)[:, :width]
-    if rows == 1:
-        real *= wide
-    else:
-        for block, scale in enumerate(wide, first):
-            real[max(block * rows - start, 0) : (block + 1) * rows - start] *= scale
-    if stored.columns is not None:
-        factors = shards.read(stored.columns).astype(np.float32)
-        _check_finite(shards, stored.columns, 0, factors)
-        real *= factors
-    out[...] = real
+    blocks = _rows(scales(shards, stored), first, -(-stop // rows))
+    of_rows = blocks[np.arange(start, stop) // rows - first]
+    if stored.columns is None:
+        dequantise(packed, of_rows, columns, out)
+        return
+    factors = shards.read(stored.columns).astype(np.float32)
+    _check_finite(shards, stored.columns, 0, factors)
+    real = np.empty(out.shape, np.float32)
+    dequantise(packed, of_rows, columns, real)
+    out[...] = real * factors
 
 
 def _fill_reordered(
@@ -178,9 +174,3 @@ def _check_finite(shards: Shards, name: str, start: int, values: np.ndarray) -> 
             f"{shards.file(name)}: tensor {name!r} holds {values[at]} at {place}; "
             "expected finite scales only: the file is damaged"
         )
-
-
-_E4M3 = np.arange(256, dtype=np.uint8).view(numpy_dtype("F8_E4M3")).astype(np.float32)
-_NIBBLES = np.arange(16) - 16 * (np.arange(16) > 7)
-# Both values of a byte, the low nibble's first.
-_INT4 = np.stack([np.tile(_NIBBLES, 16), np.repeat(_NIBBLES, 16)], axis=-1).astype(np.float32)

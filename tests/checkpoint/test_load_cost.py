@@ -47,8 +47,9 @@ def test_memory_beside_the_result_is_a_few_pieces(tmp_path):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+@pytest.mark.parametrize("kind", ["bf16", "fp8", "fp8, dequantised"])
 def test_two_gigabytes_load_about_as_fast_as_they_are_read(kind, tmp_path):
+    """From the disk; what is kept as stored from the page cache too."""
     options = ["--mb", "2200", "--runs", "5", "--kinds", kind]
     limit = 2.5  # cores are shared with other tests, unless
     if os.geteuid() == 0:  # those can be told to wait
@@ -56,9 +57,12 @@ def test_two_gigabytes_load_about_as_fast_as_they_are_read(kind, tmp_path):
     best = float("inf")
     for _ in range(3):
         found = measure(tmp_path, *options)
-        assert found[kind]["bytes"] > 2e9 and found[kind]["shards"] == 8
+        assert found[kind]["result_bytes"] > 2e9 and found[kind]["shards"] == 8
         check_memory(found)
-        best = min(best, found[kind]["ratio"])
+        ratios = [found[kind]["cold"]["ratio"]]
+        if kind != "fp8, dequantised":  # its result alone is twice the pages of the files
+            ratios.append(found[kind]["ratio"])
+        best = min(best, max(ratios))
         if best < limit:
             break
     assert best < limit, best
