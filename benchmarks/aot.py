@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.grouped_matmul import cases as grouped_matmul_cases
+from pallas_kernels.grouped_matmul import mosaic_sm90_bf16
 from pallas_kernels.grouped_matmul.api import hopper_kernel
 from pallas_kernels.mla_decode import cases as mla_decode_cases
 from pallas_kernels.mla_decode import mosaic_sm90
@@ -78,11 +79,14 @@ def mla_decode_shapes(case: mla_decode_cases.Case) -> list[Any]:
 
 
 def grouped_matmul_programs() -> Iterator[Program]:
-    """Every benchmark."""
+    """Every benchmark, and the gradients."""
     for case in grouped_matmul_cases.BENCH:
         shapes = case.abstract()
         run = functools.partial(hopper_kernel(shapes["w"]).grouped_matmul, sms=H100_SMS)
         yield str(case), run, list(shapes.values())
+    for gradient in grouped_matmul_cases.GRADIENTS:
+        run = functools.partial(mosaic_sm90_bf16.GRADIENTS[gradient.of], sms=H100_SMS)
+        yield str(gradient), run, gradient.abstract()
 
 
 PROGRAMS = {"grouped_matmul": grouped_matmul_programs, "mla_decode": mla_decode_programs}

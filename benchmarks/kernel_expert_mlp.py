@@ -19,10 +19,15 @@ from pallas_kernels.grouped_matmul import cases as products
 CASES = tuple(case for case in BENCH if case.weight != "array")
 MATMUL = "fp8_tflops"
 """The ceiling of its products."""
-TOLERANCE = 5e-3
-"""Of |got - want| / |want| where rows go through the experts in e4m3. bf16 results: 2e-3."""
-ROWS_AS_THEY_ARE = 6e-2
-"""Likewise of `xla`, whose rows are bf16: 4.5e-2."""
+TOLERANCE = 5e-2
+"""Of |got - want| / |want| where rows go through the experts in e4m3. What the tensor cores leave
+out of a sum (they keep 14 bits) sends two or three in a hundred hidden values to the other
+neighbour in e4m3, a step of a tenth: 2.4e-2 at 2048 of them.
+"""
+NO_WORSE = 1.3
+"""How much farther from the results of unrounded rows than plain JAX a kernel may be: it has both
+distances, 3.5e-2 and 2.4e-2, which have nothing to do with each other.
+"""
 CHECKED = 64
 """Rows that are checked, of the whole."""
 
@@ -96,29 +101,39 @@ def every_layer(run: Any, case: Case, args: dict[str, Any]) -> tuple[Any, Any, i
     return function, (args["rows"], args["weights"]), len(args["rows"])
 
 
-def answers(case: Case, args: dict[str, Any]) -> tuple[Any, slice, jax.Array]:
-    """(operands, which rows, results for these of the same quantization in plain JAX)."""
+def answers(case: Case, args: dict[str, Any]) -> tuple[Any, slice, jax.Array, jax.Array]:
+    """(operands, which rows, results for these of the same quantization in plain JAX, and of rows
+    that are not quantized).
+    """
     x, weights, experts = args["rows"][0]
     gate_up, down = args["weights"][0]
     some = slice(None, None, max(1, case.rows // CHECKED))
+    operands = (x[some], weights[some], experts[some], gate_up, down)
     plain = jax.jit(functools.partial(mosaic_sm90.expert_mlp, steps=mosaic_sm90.PLAIN))
-    want = plain(x[some], weights[some], experts[some], gate_up, down)
-    return (x, weights, experts, gate_up, down), some, want
+    exact = jax.jit(xla.expert_mlp)(*operands)
+    return (x, weights, experts, gate_up, down), some, plain(*operands), exact
 
 
-def check(run: Any, case: Case, answers: tuple[Any, slice, jax.Array]) -> dict[str, float]:
-    """The relative error against `answers`.
+def check(
+    run: Any, case: Case, answers: tuple[Any, slice, jax.Array, jax.Array]
+) -> dict[str, float]:
+    """The relative errors: against plain JAX, and against rows that are not quantized.
 
     Raises:
-        ValueError: it is larger than the tolerance.
+        ValueError: one is larger than it may be.
     """
-    operands, some, want = answers
-    got = jax.jit(run)(*operands)[some].astype(jnp.float32)
-    want = want.astype(jnp.float32)
-    error = float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
-    if not error <= (ROWS_AS_THEY_ARE if run is xla.expert_mlp else TOLERANCE):
-        raise ValueError(f"{case}: results are off by {error:.3g} of their size")
-    return {"out": error}
+    operands, some, want, exact = answers
+    got = jax.jit(run)(*operands)[some]
+    found = {"same": _off(got, want), "exact": _off(got, exact)}
+    limit = NO_WORSE * _off(want, exact)
+    if run is not xla.expert_mlp and not (found["same"] <= TOLERANCE and found["exact"] <= limit):
+        raise ValueError(f"{case}: {found}; expected at most {TOLERANCE} and {limit:.3g}")
+    return found
+
+
+def _off(got: jax.Array, want: jax.Array) -> float:
+    got, want = got.astype(jnp.float32), want.astype(jnp.float32)
+    return float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
 
 
 def flops(case: Case) -> float:

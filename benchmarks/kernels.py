@@ -25,11 +25,12 @@ from pallas_kernels.testing.bench import Ceilings, Spread, measure, measure_ceil
 OPS = {
     "act_quant": "benchmarks.kernel_act_quant",
     "expert_mlp": "benchmarks.kernel_expert_mlp",
-    "grouped_matmul": "benchmarks.kernel_grouped_matmul",
+    "grouped_matmul": "benchmarks.kernel_grouped_matmul benchmarks.kernel_grouped_matmul_bf16",
     "mla_decode": "benchmarks.kernel_mla_decode",
     "moe_permute": "benchmarks.kernel_moe_permute",
     "router": "benchmarks.kernel_router",
 }
+"""Modules with cases of an op, in words."""
 
 
 def main() -> None:
@@ -47,7 +48,6 @@ def main() -> None:
     if jax.default_backend() != "gpu":
         parser.error("JAX finds no GPU here; scripts/aot.sh compiles without one")
 
-    op: Any = importlib.import_module(OPS[args.op])
     result: dict[str, Any] = {
         "op": args.op,
         "device": jax.devices()[0].device_kind,
@@ -59,8 +59,9 @@ def main() -> None:
         result["ceilings"] = dataclasses.asdict(measure_ceilings())
         print(result["ceilings"], flush=True)
     result["rows"] = []
-    for case in op.CASES:
-        if args.k in str(case):
+    for name in OPS[args.op].split():
+        op: Any = importlib.import_module(name)
+        for case in (case for case in op.CASES if args.k in str(case)):
             result["rows"] += run_case(op, case, args, result.get("ceilings"))
             if args.out:  # after each case, so that a run cut short leaves something
                 args.out.write_text(json.dumps(result, indent=1) + "\n")

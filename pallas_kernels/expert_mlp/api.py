@@ -15,8 +15,8 @@ from pallas_kernels.select import (
     Implementation,
     choose,
     no_hopper,
-    not_in_a_model_yet,
     on_gpu_only,
+    whole_arrays_only,
 )
 
 
@@ -25,6 +25,8 @@ def _supports_mosaic_sm90(*args: Any) -> str | None:
 
 
 def _mosaic_sm90(*args: Any) -> jax.Array:
+    if isinstance(args[3], jax.Array):
+        return by_group.expert_mlp(*args, impl="mosaic_sm90")
     # Not at the top: importing Pallas takes a second or more.
     from pallas_kernels.expert_mlp import mosaic_sm90
 
@@ -33,7 +35,7 @@ def _mosaic_sm90(*args: Any) -> jax.Array:
 
 IMPLEMENTATIONS = (
     Implementation(
-        "mosaic_sm90", _mosaic_sm90, auto=not_in_a_model_yet, supports=_supports_mosaic_sm90
+        "mosaic_sm90", _mosaic_sm90, auto=whole_arrays_only, supports=_supports_mosaic_sm90
     ),
     Implementation("xla", xla.expert_mlp, auto=on_gpu_only),
     Implementation("reference", functools.partial(by_group.expert_mlp, impl="reference")),
@@ -60,16 +62,17 @@ def expert_mlp(
         down: [E, D, F].
         pairs: the most (row, expert) pairs there can be, when more than that many of the T * K
             choices are known to be none. With more pairs the result means nothing.
-        impl: "auto", "reference", "xla" or "mosaic_sm90" (H100 and H200; bfloat16 rows, which go
-            through the experts in e4m3; weights in e4m3 with a scale per 128 x 128, or packed int4;
-            one device or whole copies on each: it is not partitioned by itself).
+        impl: "auto", "reference", "xla" or "mosaic_sm90" (H100 and H200; bfloat16 rows; weights in
+            bfloat16, which have gradients, or, and then rows go through the experts in e4m3, in
+            e4m3 with a scale per 128 x 128, or packed int4; one device or whole copies on each: it
+            is not partitioned by itself).
 
     Returns:
         [T, D] in the dtype of x; the sum over experts is fp32.
 
     Raises:
         NotImplementedError: the named implementation cannot run here; or a gradient with respect to
-            a weight is asked of "mosaic_sm90", which has those of x and `weights` alone.
+            a quantized weight is asked of "mosaic_sm90".
     """
     if not x.shape[0]:
         return x

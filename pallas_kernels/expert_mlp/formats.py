@@ -31,8 +31,10 @@ def hopper_refusal(
     pairs: int | None = None,
 ) -> str | None:
     """Why the implementation for Hopper cannot take these arguments (on such a device), or None."""
+    if isinstance(gate_up, jax.Array) and isinstance(down, jax.Array):
+        return product_refusal(x, gate_up) or product_refusal(x, down)
     if not isinstance(gate_up, QTensor | PackedInt4) or not isinstance(down, QTensor | PackedInt4):
-        return "needs quantized weights"
+        return "needs both weights quantized, or neither"
     if x.dtype != jnp.bfloat16:
         return f"needs bfloat16 rows, not {x.dtype}"
     if isinstance(gate_up, PackedInt4) != isinstance(down, PackedInt4):

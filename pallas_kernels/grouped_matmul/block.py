@@ -1,7 +1,7 @@
 """A thread block of the Hopper kernels of `grouped_matmul`: what it does in which order.
 
-The grid is as large as the device, and a thread block takes every n-th item: 128 outputs of a tile
-of rows (see `work.py`), tile by tile, so that an expert's weights are read once from memory.
+The grid is as large as the device, and a thread block takes every n-th item: 128 outputs or more of
+a tile of rows (see `work.py`), tile by tile, so that an expert's weights are read once from memory.
 
     warpgroup 2       one thread of it copies weights, rows and their scales into a ring of stages,
                       item after item: it never waits for an item to end
@@ -12,6 +12,7 @@ of rows (see `work.py`), tile by tile, so that an expert's weights are read once
 import abc
 import dataclasses
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,14 +22,21 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.grouped_matmul.products import BLOCK, order_before_copies
+from pallas_kernels.grouped_matmul.launch import Kernel, launch
+from pallas_kernels.grouped_matmul.products import BLOCK
+from pallas_kernels.grouped_matmul.ring import (
+    barriers,
+    load_in_one_warp,
+    load_item,
+    wait_until_empty,
+)
 from pallas_kernels.grouped_matmul.tiles import Tiles
 from pallas_kernels.grouped_matmul.work import EXPERT, FIRST, ROWS, SKIP, Work
-from pallas_kernels.hopper import compiler_params, swizzled_rows
+from pallas_kernels.hopper import swizzled_rows
 from pallas_kernels.select import count_sms
 
 OUTPUTS = 128
-"""Of an item."""
+"""Of an item where weights are the left operand: 64 for each warpgroup."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +46,7 @@ class Geometry:
     Attributes:
         outputs: N.
         inputs: K.
+        block: inputs of a block: a row of 128 bytes.
         tiles: see there.
         thread_blocks: of the grid.
         interpret: parameters of Pallas' GPU interpreter; None on a GPU.
@@ -45,6 +54,7 @@ class Geometry:
 
     outputs: int
     inputs: int
+    block: int = BLOCK
     tiles: Tiles
     thread_blocks: int
     interpret: Any = None
@@ -65,15 +75,15 @@ class Geometry:
     @property
     def items(self) -> int:
         """Of a tile of rows."""
-        return self.outputs // OUTPUTS
+        return -(-self.outputs // self.tiles.outputs)
 
     @property
     def loads(self) -> int:
         """Of an item."""
-        return self.inputs // BLOCK // self.tiles.deep
+        return -(-self.inputs // (self.block * self.tiles.deep))
 
 
-class Block(abc.ABC):
+class Block(Kernel):
     """What a warpgroup works with; subclasses are the formats of the weights.
 
     Attributes of `refs`, in memory: `tiles` and `counts` of the work, out [M, N], and what
@@ -87,19 +97,12 @@ class Block(abc.ABC):
     which there may be few, are not padded to 64.
     """
 
-    @property
-    @abc.abstractmethod
-    def name(self) -> str:
-        """Of the kernel."""
-
     def scratch(self) -> dict[str, Any]:
         """Shared memory and barriers; subclasses add the ring."""
-        stages = self.g.tiles.stages
-        parts = (2, self.g.tiles.rows) if self.weights_left else (2, 2, 64)
+        parts = (2, self.g.tiles.rows) if self.weights_left else (2, self.g.tiles.staged, 64)
         return {
             "staged": swizzled_rows(*parts, 64, dtype=jnp.bfloat16),
-            "full": plgpu.Barrier(num_barriers=stages, num_arrivals=self.copies),
-            "empty": plgpu.Barrier(num_barriers=stages, num_arrivals=2),
+            **barriers(self.g.tiles, copies=self.copies),
         }
 
     def __init__(self, g: Geometry) -> None:
@@ -140,48 +143,29 @@ class Block(abc.ABC):
             slot: of the ring.
             expert: of the weights.
             row: the first of the tile.
-            outputs: which 128.
+            outputs: which item of the tile.
             load: which `deep` blocks of inputs.
         """
 
     def _load(self) -> None:
-        tiles = self.g.tiles
-        if tiles.registers:
-            plgpu.set_max_registers(tiles.registers[0], action="decrease")
-        if self.g.interpret:
-            self._load_items()
-            return
-
-        @plgpu.warp_map
-        def _(warp: jax.Array) -> None:
-            pl.when(warp == 0)(self._load_items)
+        load_in_one_warp(self._load_items, tiles=self.g.tiles, interpret=self.g.interpret)
 
     def _load_items(self) -> None:
-        loads, stages, refs = self.g.loads, self.g.tiles.stages, self.refs
+        loads, refs = self.g.loads, self.refs
+        how: Any = {"stages": self.g.tiles.stages, "interpret": self.g.interpret}
 
         def item(order: jax.Array, _: Any) -> Any:
             tile, outputs = self.item(order)
             expert, row = refs.tiles[tile, EXPERT], refs.tiles[tile, FIRST]
 
-            def load(index: jax.Array, _: Any) -> Any:
-                count = order * loads + index
-                slot = self.slot(count)
+            def copy(slot: jax.Array, load: jax.Array) -> None:
+                self.copy(slot, expert, row, outputs, load)
 
-                @pl.when(count >= stages)
-                def _() -> None:
-                    plgpu.barrier_wait(refs.empty.at[slot])
-                    order_before_copies(self.g.interpret)
-
-                self.copy(slot, expert, row, outputs, index)
-                return 0
-
-            return lax.fori_loop(0, loads, load, 0)
+            load_item(refs, order * loads, loads, copy, **how)
+            return 0
 
         lax.fori_loop(0, self.loaded_items, item, 0)
-        if self.g.interpret:  # it wants each phase of a barrier to be waited for
-            for slot in range(stages):
-                wait = lambda slot=slot: plgpu.barrier_wait(refs.empty.at[slot])  # noqa: E731
-                pl.when(self.loaded_items * loads > slot)(wait)
+        wait_until_empty(refs, self.loaded_items * loads, **how)
 
     # ------------------------------------------------------------ multiplying
 
@@ -195,14 +179,14 @@ class Block(abc.ABC):
         outputs: jax.Array,
     ) -> jax.Array:
         """This warpgroup's half of an item: fp32 [64, rows] where weights are the left operand,
-        else [64, 128]. Zeros for tiles without an expert.
+        else [64, outputs]. Zeros for tiles without an expert.
 
         Args:
             warpgroup: 0 or 1.
             order: of the item, in this thread block.
             expert: -1 for none.
             row: the first of the tile.
-            outputs: which 128.
+            outputs: which item of the tile.
         """
 
     def _multiply(self, warpgroup: jax.Array) -> None:
@@ -250,16 +234,32 @@ class Block(abc.ABC):
     ) -> None:
         mine = warpgroup * 64
         begin, end = (jnp.clip(row - mine, 0, 64) for row in (begin, end))
-        for half in range(2):
-            self.refs.staged.at[warpgroup, half][...] = sums[:, half * 64 : half * 64 + 64]
-        plgpu.commit_smem()
-        for half in range(2):
-            columns = pl.ds(outputs * OUTPUTS + half * 64, 64)
-            staged = self.refs.staged.at[warpgroup, half]
+
+        def copy(staged: Any, column: int) -> None:
+            columns = pl.ds(outputs * self.g.tiles.outputs + column, 64)
             _copy_rows(staged, self.refs.out.at[:, columns], first + mine, begin, end)
 
+        store_by_columns(sums, self.refs.staged.at[warpgroup], copy)
 
-def launch(block: Block, operands: dict[str, jax.Array], work: Work) -> jax.Array:
+
+def store_by_columns(values: jax.Array, staged: Any, copy: Callable[[Any, int], None]) -> None:
+    """Stores a warpgroup's bf16 [64, columns] by way of shared memory [n, 64, 64], which nothing
+    must be reading: n pieces of 64 columns at once. `copy` is called with a staged piece and its
+    first column.
+    """
+    together = staged.shape[0]
+    for first in range(0, values.shape[1], 64 * together):
+        if first:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        pieces = range(first, min(first + 64 * together, values.shape[1]), 64)
+        for slot, column in enumerate(pieces):
+            staged.at[slot][...] = values[:, column : column + 64]
+        plgpu.commit_smem()
+        for slot, column in enumerate(pieces):
+            copy(staged.at[slot], column)
+
+
+def multiply_tiles(block: Block, operands: dict[str, jax.Array], work: Work) -> jax.Array:
     """Runs a kernel: bf16 [M, N].
 
     Args:
@@ -269,24 +269,14 @@ def launch(block: Block, operands: dict[str, jax.Array], work: Work) -> jax.Arra
     """
     operands = operands | {"tiles": work.tiles, "counts": work.counts}
     g = block.g
-
-    def body(*refs: Any, **scratch: Any) -> None:
-        named = dict(zip((*operands, "out"), refs, strict=True))
-        block.run(SimpleNamespace(**named, **scratch))
-
-    kernel = plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((operands["x"].shape[0], g.outputs), jnp.bfloat16),
-        scratch_types=block.scratch(),
-        grid=(g.thread_blocks,),
-        grid_names=("block",),
-        num_threads=3,
-        thread_name="warpgroup",
-        kernel_name=block.name,
-        compiler_params=compiler_params(auto_barriers=g.tiles.auto_barriers),
+    return launch(
+        block,
+        operands,
+        jax.ShapeDtypeStruct((operands["x"].shape[0], g.outputs), jnp.bfloat16),
+        tiles=g.tiles,
+        thread_blocks=g.thread_blocks,
         interpret=g.interpret,
     )
-    return kernel(*operands.values())
 
 
 def _copy_rows(staged: Any, out: Any, first: jax.Array, begin: jax.Array, end: jax.Array) -> None:

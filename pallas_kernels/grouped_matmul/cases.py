@@ -1,6 +1,7 @@
 """Workloads of `grouped_matmul`: all loads of experts, and DeepSeek's shapes."""
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import jax
@@ -116,6 +117,54 @@ def _deepseek_v3(experts: int, tokens: int, weight: Format, *, down: bool) -> Ca
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gradient:
+    """A gradient of `grouped_matmul` on a case of bf16 arrays.
+
+    Attributes:
+        case: the product.
+        of: which argument's; "x" multiplies the gradient of the results with the weights, "w" with
+            the rows of x.
+    """
+
+    case: Case
+    of: Literal["x", "w"]
+
+    def __str__(self) -> str:
+        return f"{self.case} d{self.of}"
+
+    def abstract(self) -> list[Any]:
+        """Shapes and types: of the gradient of the results [M, N]; of w [E, N, K] or of x [M, K];
+        of the group sizes.
+        """
+        args, outputs = self.case.abstract(), math.prod(self.case.lead)
+        shapes = {"x": (self.case.experts, outputs, self.case.k), "w": args["x"].shape}
+        grad = (args["x"].shape[0], outputs)
+        arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in (grad, shapes[self.of])]
+        return [*arrays, args["group_sizes"]]
+
+
+def _bf16(model: str, rows: int, name: str, **sizes: Any) -> tuple[Case, Case]:
+    """Gate and up, and down, of an MoE layer of `hidden` and `width` channels."""
+    hidden, width = sizes.pop("hidden"), sizes.pop("width")
+    shared: dict[str, Any] = {"tags": ("bench",), "dtype": "bfloat16", "rows": rows, **sizes}
+    return (
+        Case(name=f"bf16 {model} gate/up {name}", lead=(2, width), k=hidden, **shared),
+        Case(name=f"bf16 {model} down {name}", lead=(hidden,), k=width, **shared),
+    )
+
+
+_V3 = {"experts": 256, "hidden": 7168, "width": 2048}
+_V2_LITE = {"experts": 64, "hidden": 2048, "width": 1408}
+_TRUNK = {"experts": 64, "hidden": 512, "width": 160}
+"""Of the model with 144M parameters that `benchmarks/mtp_experiment` trains."""
+TRAINING = (
+    *_bf16("V2-Lite", 6 * 8192, "t8192", **_V2_LITE),
+    *_bf16("V2-Lite", 6 * 32768, "t32768", **_V2_LITE),
+    *_bf16("trunk", 4 * 65536, "t65536", **_TRUNK),
+)
+GRADIENTS = tuple(Gradient(case=case, of=of) for case in TRAINING for of in ("x", "w"))
+
 # 96 rows on 16 experts: the capacity of `xla` is 24, so "one" and "few" overflow it.
 _SMALL: dict[str, Any] = {"rows": 96, "experts": 16, "lead": (2, 12), "k": 40}
 _PADDED: dict[str, Any] = {**_SMALL, "rows": 50, "padding": 46}
@@ -128,6 +177,8 @@ _HOPPER: dict[str, Any] = {
     "x": "tile",
     "dtype": "bfloat16",
 }
+# For the bf16 kernel: sizes that need padding, groups that end inside a tile.
+_BF16: dict[str, Any] = {"experts": 5, "lead": (2, 80), "k": 136, "dtype": "bfloat16"}
 _PACKED: dict[str, Any] = {**_HOPPER, "weight": "int4", "packed": True, "x": "token"}
 
 CASES = (
@@ -167,6 +218,10 @@ CASES = (
     Case(name="hopper gate/up", rows=60, **{**_HOPPER, "lead": (2, 128), "experts": 2}),
     Case(name="hopper ragged", rows=150, padding=40, load="skewed", **{**_HOPPER, "experts": 2}),
     Case(name="hopper no rows", rows=40, load="none", **_HOPPER),
+    Case(name="bf16 one row", rows=1, **_BF16),
+    Case(name="bf16 few", rows=29, padding=7, load="skewed", **_BF16),
+    Case(name="bf16 ragged", rows=150, padding=43, load="skewed", **{**_BF16, "experts": 2}),
+    Case(name="bf16 no rows", rows=40, load="none", **_BF16),
     Case(name="packed float32", rows=9, experts=2, lead=(2, 64), k=128, weight="int4", packed=True),
     Case(name="packed one row", rows=1, **{**_PACKED, "lead": (128,), "k": 384}),
     Case(name="packed few", rows=29, padding=7, load="skewed", **{**_PACKED, "lead": (2, 64)}),
@@ -183,5 +238,8 @@ CASES = (
         for tokens in all_tokens
         for down in (False, True)
     ),
+    *_bf16("V3", 8, "t1", **_V3),
+    *_bf16("V3", 8 * 128, "t128", **_V3),
+    *TRAINING,
 )
 CI, FULL, BENCH = tagged(CASES, "ci"), tagged(CASES, "full"), tagged(CASES, "bench")

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import hopper
 from pallas_kernels.grouped_matmul import products, rows
-from pallas_kernels.grouped_matmul.block import OUTPUTS, Block, Geometry, launch
+from pallas_kernels.grouped_matmul.block import OUTPUTS, Block, Geometry, multiply_tiles
 from pallas_kernels.grouped_matmul.products import BLOCK
 from pallas_kernels.grouped_matmul.rows import Rows
 from pallas_kernels.grouped_matmul.tiles import Tiles, fp8_tiles
@@ -178,4 +178,4 @@ def multiply(
 @functools.partial(jax.jit, static_argnums=3)
 def _run(x: Rows, w: jax.Array, w_scales: jax.Array, g: Geometry) -> jax.Array:
     operands = {"x": x.values, "x_scales": x.scales, "w": w, "w_scales": w_scales}
-    return launch(Fp8Block(g), operands, x.work)
+    return multiply_tiles(Fp8Block(g), operands, x.work)

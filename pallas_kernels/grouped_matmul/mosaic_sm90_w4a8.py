@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import hopper
 from pallas_kernels.grouped_matmul import products, rows
-from pallas_kernels.grouped_matmul.block import Block, Geometry, launch
+from pallas_kernels.grouped_matmul.block import Block, Geometry, multiply_tiles
 from pallas_kernels.grouped_matmul.packed_int4 import UNIT, PackedInt4, as_e4m3
 from pallas_kernels.grouped_matmul.products import BLOCK
 from pallas_kernels.grouped_matmul.rows import Rows
@@ -257,4 +257,4 @@ def multiply(
 @functools.partial(jax.jit, static_argnums=3)
 def _run(x: Rows, w: jax.Array, w_scales: jax.Array, g: Geometry) -> jax.Array:
     operands = {"x": x.values, "x_scales": x.scales[0], "w": w, "w_scales": w_scales}
-    return launch(W4A8Block(g), operands, x.work)
+    return multiply_tiles(W4A8Block(g), operands, x.work)

@@ -52,6 +52,10 @@ class PackedInt4:
         """Number of logical axes."""
         return self.words.ndim - 2
 
+    def __getitem__(self, index: Any) -> "PackedInt4":
+        """Indexes leading axes; the last two lie in tiles and stay whole."""
+        return self if index is Ellipsis else PackedInt4(self.words[index], self.scales[index])
+
 
 def pack(w: QTensor) -> PackedInt4:
     """Rearranges int4 weights [..., N, K] with a scale per output and 128 inputs; exact.

@@ -8,10 +8,12 @@ class Tiles:
     """Choices that change speed, never results.
 
     Attributes:
-        rows: rows of a tile.
-        deep: blocks of 128 inputs that are loaded at once.
+        rows: rows of a tile; of `weight_gradient`, outputs.
+        outputs: of an item; of `weight_gradient`, inputs. Other than 128 only with 128 rows.
+        deep: blocks of 128 inputs, of bf16 64, that are loaded at once.
         together: such loads that are multiplied at once, or in one turn of a loop.
         stages: such loads that fit in shared memory.
+        staged: pieces of 64 outputs that a warpgroup stores at once; with 128 rows only.
         per_sm: thread blocks of a streaming multiprocessor.
         registers: per thread, of the warpgroup that loads and of the two that multiply; None
             leaves all with the same number.
@@ -19,9 +21,11 @@ class Tiles:
     """
 
     rows: int
+    outputs: int = 128
     deep: int = 1
     together: int = 1
     stages: int = 5
+    staged: int = 2
     per_sm: int = 1
     registers: tuple[int, int] | None = None
     auto_barriers: bool = True
@@ -29,6 +33,10 @@ class Tiles:
     def __post_init__(self) -> None:
         if self.rows not in (8, 16, 32, 64, 128):
             raise ValueError(f"{self.rows=} must be 8, 16, 32, 64 or 128")
+        if self.outputs not in (128, 192, 256) or self.outputs > 128 > self.rows:
+            raise ValueError(
+                f"{self.outputs=} must be 128, or 192 or 256 with 128 rows, not {self.rows}"
+            )
         if self.together > self.stages:
             raise ValueError(f"{self.together=} must be at most {self.stages=}")
         if self.registers and (any(n % 8 for n in self.registers) or self._all_registers > 504):
@@ -75,3 +83,30 @@ def w4a8_tiles(rows: int, experts: int, blocks: int) -> Tiles:
     if mean <= 32:
         return Tiles(rows=8 if mean <= 4 else 16 if mean <= 8 else 32, deep=two, stages=7)
     return Tiles(rows=64 if mean <= 64 else 128, together=two, stages=7, registers=(24, 240))
+
+
+def bf16_tiles(rows: int, experts: int, outputs: int) -> Tiles:
+    """The choice for bf16 weights.
+
+    Args:
+        rows: M.
+        experts: E.
+        outputs: N, or K for the gradient of rows.
+    """
+    mean = rows / experts
+    if mean <= 64:
+        size = next(size for size in (8, 16, 32, 64) if size >= mean)
+        return Tiles(rows=size, deep=2, stages=6 if size <= 16 else 5 if size <= 32 else 4)
+    return _wide(outputs)
+
+
+def weight_gradient_tiles(inputs: int) -> Tiles:
+    """The choice for the gradient of bf16 weights with so many inputs, K."""
+    return _wide(inputs)
+
+
+def _wide(columns: int) -> Tiles:
+    """256 columns where they waste none: they load fewest bytes for a product."""
+    outputs = min((256, 128, 192), key=lambda width: -(-columns // width) * width)
+    stages = {256: 4, 192: 4, 128: 5}[outputs]
+    return Tiles(rows=128, outputs=outputs, stages=stages, registers=(40, 232))

@@ -14,9 +14,9 @@ from jaxtyping import Array, Int
 class Work:
     """Tiles of rows, in order of rows; none without a row of its own.
 
-    A tile is `size` consecutive rows from a multiple of `ALIGN` on. It loads them all and stores
-    those of one expert, or zeros where rows belong to none. A tile at the very end begins before
-    its own rows, so that no tile reaches past the last row.
+    A tile is `size` consecutive rows from a multiple of `align` on, see `share_out`. It loads them
+    all and stores those of one expert, or zeros where rows belong to none. A tile at the very end
+    begins before its own rows, so that no tile reaches past the last row.
 
     Attributes:
         tiles: i32 [N, 4], see the column names below; tiles of no expert come last.
@@ -37,24 +37,25 @@ from there are not stored; how many after these are.
 """
 
 
-def share_out(group_sizes: Int[Array, " E"], *, rows: int, size: int) -> Work:
+def share_out(group_sizes: Int[Array, " E"], *, rows: int, size: int, align: int = ALIGN) -> Work:
     """Cuts every group into tiles, and the rows past the groups as well.
 
     Args:
         group_sizes: rows of each group.
-        rows: M, all rows; a multiple of `ALIGN`, at least `size`.
-        size: rows of a tile.
+        rows: M, all rows; a multiple of `align`, at least `size`.
+        size: rows of a tile; a multiple of `align`.
+        align: tiles begin at multiples of it.
     """
-    assert rows >= size and rows % ALIGN == size % ALIGN == 0
+    assert rows >= size and rows % align == size % align == 0
     sizes = group_sizes.astype(jnp.int32)
     sizes = jnp.append(sizes, rows - sizes.sum())
     groups = sizes.size
-    most = (rows + min(groups, rows) * (size + ALIGN - 2)) // size
+    most = (rows + min(groups, rows) * (size + align - 2)) // size
     # Comparisons with all groups: cheaper on a GPU than a scan and a binary search.
     before = jnp.arange(groups)[:, None] >= jnp.arange(groups)
     stops = jnp.where(before, sizes, 0).sum(axis=1)
     starts = stops - sizes
-    aligned = starts // ALIGN * ALIGN
+    aligned = starts // align * align
     tiles = jnp.where(sizes > 0, -(-(stops - aligned) // size), 0)
     ends = jnp.where(before, tiles, 0).sum(axis=1)
     number = jnp.arange(most)

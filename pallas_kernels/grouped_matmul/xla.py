@@ -40,9 +40,14 @@ def grouped_matmul(
 
 
 def _without_gradient(x: jax.Array, w: jax.Array | QTensor, sizes: jax.Array) -> jax.Array:
-    rows, experts = x.shape[0], w.shape[0]
+    block, blocks = blocks_of(x.shape[0], w.shape[0])
+    return _by_block(x, w, sizes, block, blocks)
+
+
+def blocks_of(rows: int, experts: int) -> tuple[int, int]:
+    """(rows of a block, blocks) of a product without gradient: what it is padded to."""
     block = _block_rows(2 * rows, experts)  # every block copies a weight: fewer, larger ones
-    return _by_block(x, w, sizes, block, -(-rows // block) + experts)
+    return block, -(-rows // block) + experts
 
 
 _product = jax.custom_vjp(_without_gradient)

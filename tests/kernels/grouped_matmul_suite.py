@@ -5,6 +5,7 @@ interpreted.
 
 import dataclasses
 import functools
+import inspect
 
 import jax
 import numpy as np
@@ -66,6 +67,16 @@ def interpreted(**options):
         return interpret(kernel, x, w, group_sizes, **keywords)
 
     return op
+
+
+def has(monkeypatch, kernel, where, name, replacement, **options):
+    """The Hopper kernels, interpreted, with something replaced in the one of module `kernel`."""
+    monkeypatch.setattr(where, name, replacement)
+    run = kernel._run.__wrapped__
+    statics = range(3, len(inspect.signature(run).parameters))
+    # Traced again, with the bug and without.
+    monkeypatch.setattr(kernel, "_run", jax.jit(lambda *a: run(*a), static_argnums=statics))
+    return interpreted(**options)
 
 
 def real(w):

@@ -16,11 +16,11 @@ SIZE, MOST = 8, 40
 
 
 @functools.cache
-def shared_out(experts, rows, size):
-    return jax.jit(functools.partial(share_out, rows=rows, size=size))
+def shared_out(experts, rows, size, align=ALIGN):
+    return jax.jit(functools.partial(share_out, rows=rows, size=size, align=align))
 
 
-def check(work, sizes, rows):
+def check(work, sizes, rows, align=ALIGN):
     """Every row is stored once, by a tile of its expert that loads it, in order."""
     count, with_expert = (int(n) for n in work.counts)
     tiles = np.asarray(work.tiles)
@@ -28,7 +28,7 @@ def check(work, sizes, rows):
     experts = np.repeat(np.append(np.arange(len(sizes)), -1), np.append(sizes, rows - sum(sizes)))
     at = 0
     for number, tile in enumerate(tiles[:count]):
-        assert 0 <= tile[FIRST] <= rows - work.size and tile[FIRST] % ALIGN == 0
+        assert 0 <= tile[FIRST] <= rows - work.size and tile[FIRST] % align == 0
         assert tile[FIRST] + tile[SKIP] == at, "rows are stored in order"
         assert 0 < tile[ROWS] <= work.size - tile[SKIP]
         stored = experts[at : at + tile[ROWS]]
@@ -37,24 +37,29 @@ def check(work, sizes, rows):
         at += tile[ROWS]
     assert at == rows
     padded = np.append(sizes, rows - sum(sizes))
-    lead = (np.cumsum(padded) - padded) % ALIGN
+    lead = (np.cumsum(padded) - padded) % align
     needed = -(-(lead + padded) // work.size) * (padded > 0)
     assert count == needed.sum(), "no tile more than needed"
 
 
-def made(sizes, rows, size=SIZE):
+def made(sizes, rows, size=SIZE, align=ALIGN):
     sizes = np.asarray(sizes, np.int32)
-    return shared_out(len(sizes), rows, size)(jnp.asarray(sizes)), sizes
+    return shared_out(len(sizes), rows, size, align)(jnp.asarray(sizes)), sizes
 
 
-@given(st.lists(st.integers(0, MOST), min_size=5, max_size=5), st.sampled_from([8, 16, 128]))
-@example([0, 0, 0, 0, 0], 8)
-@example([MOST] * 5, 8)  # no rows past the groups
-@example([1, 1, 1, 1, 1], 128)
-@example([0, 0, 0, 0, MOST], 16)
-def test_every_row_once(sizes, size):
-    work, sizes = made(sizes, 5 * MOST, size)
-    check(work, sizes, 5 * MOST)
+@given(
+    st.lists(st.integers(0, MOST), min_size=5, max_size=5),
+    st.sampled_from([8, 16, 128]),
+    st.sampled_from([4, 8]),
+)
+@example([0, 0, 0, 0, 0], 8, 4)
+@example([MOST] * 5, 8, 4)  # no rows past the groups
+@example([1, 1, 1, 1, 1], 128, 8)
+@example([0, 0, 0, 0, MOST], 16, 4)
+@example([1, 7, 1, 7, 9], 8, 8)
+def test_every_row_once(sizes, size, align):
+    work, sizes = made(sizes, 5 * MOST, size, align)
+    check(work, sizes, 5 * MOST, align)
 
 
 @pytest.mark.parametrize("sizes", [[8], [0], [3], [1] * 8, [0] * 7 + [8], [1, 0] * 4])
@@ -64,14 +69,16 @@ def test_one_tile_of_rows(sizes):
 
 
 @pytest.mark.parametrize("alone", [1, 2, 3, 5, 6, 7, 9])
-@pytest.mark.parametrize("rows", [12, 64, 100])
-def test_there_is_room_for_all_tiles(rows, alone):
+@pytest.mark.parametrize(
+    ("rows", "align"), [(12, 4), (64, 4), (100, 4), (16, 8), (64, 8), (104, 8)]
+)
+def test_there_is_room_for_all_tiles(rows, align, alone):
     """As many experts as possible with the same few rows: sizes that need the most tiles."""
     groups = min(rows // alone, 20)
     for rest in (0, rows - groups * alone):
         sizes = [alone] * groups + [0] * (20 - groups) + [rest]
-        work, sizes = made(sizes, rows)
-        check(work, sizes, rows)
+        work, sizes = made(sizes, rows, align=align)
+        check(work, sizes, rows, align)
 
 
 BUGS = {

@@ -183,7 +183,8 @@ def test_suite_sees_only_bugs():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"weight": "array"}, "needs quantized weights"),
+        ({"weight": "array", "dtype": "float32"}, "needs bfloat16 x and w .* not float32"),
+        ({"weight": "array", "width": 100}, "multiples of 8 outputs and inputs, not 256 and 100"),
         ({"dtype": "float32"}, "needs bfloat16 rows, not float32"),
         ({"weight": "int4"}, "gate_up: needs .*; int4 w must be packed"),
         ({"width": 192}, "gate_up: needs multiples of 128 outputs and inputs, not 192 and 256"),
