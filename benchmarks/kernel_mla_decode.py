@@ -12,7 +12,7 @@ import numpy as np
 
 from pallas_kernels.latent_cache import LatentCache
 from pallas_kernels.mla_decode import mosaic_sm90, plan_mla_decode, reference, xla
-from pallas_kernels.mla_decode.cases import BENCH, Case
+from pallas_kernels.mla_decode.cases import BENCH, Case, in_e4m3
 from pallas_kernels.mla_decode.plan import with_work
 from pallas_kernels.mla_decode.tiles import Tiles
 from pallas_kernels.quant import FP8_TILE, quantise
@@ -47,6 +47,12 @@ REFERENCES = {
     "b128 kv4096 q2 fp8": {_FP8: 520},
     "b32 kv8192 q1 fp8": {_FP8: 118, _SPARSE: 182},
     "b256 kv1024 q1 fp8": {_FP8: 145, _SPARSE: 195},
+    "b128 kv4096 q1 fp8_tensor": {_FP8: 237},
+    "b128 kv4096 q2 fp8_tensor": {_FP8: 520},
+    "b32 kv8192 q1 fp8_tensor": {_FP8: 118},
+    "b256 kv1024 q1 fp8_tensor": {_FP8: 145},
+    "b128 kv64-8633 q1": {_FLASHMLA: 269},
+    "b128 kv64-8633 q1 fp8_tensor": {_FP8: 236},
 }
 REFERENCE_CEILINGS = {"matmul_tflops": 738.0, "read_gbs": 3120.0}
 
@@ -62,8 +68,13 @@ def make(case: Case, seed: int = 0) -> dict[str, Any]:
     def normal(shape: Any) -> jax.Array:
         return jax.random.normal(next(keys), shape.shape, jnp.bfloat16)
 
+    queries = normal(shapes["q_latent"]), normal(shapes["q_rope"])
     latent, rope = normal(shapes["cache"].latent), normal(shapes["cache"].rope)
     cache = LatentCache(latent, rope)
+    if case.kv == "fp8_tensor":
+        e4m3 = jnp.float8_e4m3fn  # random numbers are far below 448
+        cache = LatentCache(latent.astype(e4m3), rope.astype(e4m3), jnp.ones(wide.layers))
+        queries = tuple(q.astype(jnp.bfloat16) for q in in_e4m3(*queries, 3.5))
     if case.kv == "fp8":
         quantised = jax.jit(quantise, static_argnums=1)(latent, FP8_TILE)
         cache = LatentCache(quantised.values, rope, quantised.scales)
@@ -72,8 +83,8 @@ def make(case: Case, seed: int = 0) -> dict[str, Any]:
     rows = sum(case.queries)
     starts = jnp.arange(len(case.lens) + 1, dtype=jnp.int32) * case.queries[0]
     return {
-        "q_latent": normal(shapes["q_latent"]),
-        "q_rope": normal(shapes["q_rope"]),
+        "q_latent": queries[0],
+        "q_rope": queries[1],
         "cache": cache,
         "page_table": table,
         "plan": _planned(lens, starts, table, rows, case.queries[0], case.heads),
@@ -98,16 +109,20 @@ def _page_table(case: Case, pages: int, width: int, seed: int) -> jax.Array:
     return jnp.asarray(table)
 
 
-def implementations(_: Case, sweep: bool, others: bool) -> Iterator[tuple[str, Any]]:
+def implementations(case: Case, sweep: bool, others: bool) -> Iterator[tuple[str, Any]]:
     """(name, function of the op's arguments)."""
     yield "mosaic_sm90", mosaic_sm90.mla_decode
     if others:
         yield "xla", xla.mla_decode
     if sweep:
-        registers, columns, barriers = ((184, 160), (168, 168)), (64, 128, 256), (False, True)
+        registers, columns, barriers = (
+            ((184, 160), (168, 168), (152, 176)),
+            (64, 128, 256),
+            (False, True),
+        )
         for choice in itertools.product(registers, columns, barriers):
             tiles = Tiles(registers=choice[0], value_columns=choice[1], auto_barriers=choice[2])
-            if tiles != Tiles():
+            if case.kv != "fp8_tensor" or choice[1] == 128:  # others have columns of their own
                 name = f"mosaic_sm90 {choice[0]} columns {choice[1]} barriers {choice[2]}"
                 yield name, functools.partial(mosaic_sm90.mla_decode, tiles=tiles)
 

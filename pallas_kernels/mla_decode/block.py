@@ -1,25 +1,21 @@
-"""A thread block of the Hopper kernels of `mla_decode`: its memory, and how tiles get there.
+"""A thread block of the Hopper kernels of `mla_decode`: what its warpgroups share.
 
 A worker (see `work.py`) has a thread block for every 64 query rows of a group. For each item it
-loads the queries and then, page by page, the cached rows into a ring of tiles [64, C] and into one
-rope tile [64, P]: the queries are the first tile of an item. A load is a step; steps are counted
-through all items of a worker, so the first loads of an item overlap with the end of the one before.
+takes the queries and then, page by page, the cached rows, tiles of 64. A load is a step, the first
+one of an item is for the queries; steps are counted through all items of a worker, so the first
+loads of an item overlap with the end of the one before.
 
     warpgroup 0       scores S = Q K^T and their softmax (`scores.py`); the queries stay in its
                       registers
-    warpgroups 1, 2   O = alpha O + P V, half of the latent columns each (`values.py`); a tile is
-                      both keys and values, so they are the last to use it, and whoever has used its
-                      half loads the next tile there
+    warpgroups 1, 2   O = alpha O + P V, half of the latent columns each (`values.py`), and loads
 
-That queries are in registers and that no warpgroup only loads makes room for three tiles of bf16,
-enough to hide the latency of memory. FlashMLA (deepseek-ai/FlashMLA, dense decode for sm90) lets
-the warpgroups that multiply load as well, with another division of labour.
+Formats of the cache differ in what lies in shared memory and in who reads it when: `tile_block.py`
+has those that multiply 16-bit tiles, `mosaic_sm90_fp8_tensor.py` the one that multiplies e4m3.
 """
 
 import abc
-from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -31,63 +27,52 @@ from pallas_kernels.hopper import swizzled
 from pallas_kernels.mla_decode.geometry import Geometry
 from pallas_kernels.mla_decode.work import TILE
 
-ASIDE = 64
-"""Latent columns of the queries, the last ones, that stay in shared memory: what the registers of
-warpgroup 0 do not hold. All three warpgroups have 504 registers a thread between them.
-"""
+LAUNCH_REGISTERS = 168
+"""What each of 384 threads has at launch."""
 
 
 class Block(abc.ABC):
     """What a warpgroup works with; subclasses are the formats of the cache.
 
     Attributes of `refs`, in memory: q_latent [T H, C], q_rope [T H, P], the pools latent_pool and
-    rope_pool with layers and pages in one axis, layer [1], visible [T], workers, items, steps;
-    results out [T H, C], lse [G, parts, 64], and for partial results out_parts and lse_parts with
-    the number of the partial in front. The rest is shared memory, see `scratch`.
+    rope_pool with layers and pages in one axis, layer [1], visible [T], workers, items, steps, and
+    scale_pool or scales [L] of fp8 formats; results out [T H, C], lse [G, parts, 64], and for
+    partial results out_parts and lse_parts with the number of the partial in front. The rest is
+    shared memory, see `scratch`.
     """
 
-    name: str
+    name: ClassVar[str]
     """Of the format."""
-    slots: int
-    """Tiles of the ring."""
-    dtype: Any
-    """What is multiplied, rope parts aside."""
-    value_scale = 1.0
-    """What values in shared memory are multiplied with."""
+    dtype: ClassVar[Any]
+    """Of probabilities and values when they are multiplied."""
+    prob_slots: ClassVar[int] = 1
+    """Tiles of probabilities that there is room for. What goes with them, alpha and 1 / sum, has a
+    place more: it is written before a tile is known to have been read.
+    """
+    registers: ClassVar[tuple[int, int]] = (184, 160)
+    """See `Tiles`."""
+    copies_queries: ClassVar[bool] = True
+    """Queries come by asynchronous copies."""
+    value_factor: Any = 1.0
+    """What values in shared memory must still be multiplied with."""
 
     @classmethod
     def signals(cls) -> dict[str, int]:
         """What one warpgroup or load tells others, with how many barriers. All of them are one
         array: each array costs every thread a register.
         """
-        return {
-            "tile 0": cls.slots,
-            "tile 1": cls.slots,
-            "rope": 1,
-            "rope free": 1,
-            "queries taken": 2,
-            "alpha": 2,
-            "probs": 1,
-            "norm": 2,
-        }
+        return {"alpha": cls.prob_slots + 1, "probs": cls.prob_slots, "norm": cls.prob_slots + 1}
 
     @classmethod
     def scratch(cls, g: Geometry) -> dict[str, Any]:
-        """Shared memory and barriers; subclasses add `tiles`, the ring of each half."""
-        scratch = {
-            "rope": swizzled(TILE, g.rope, dtype=jnp.bfloat16),
-            "rope_queries": swizzled(TILE, g.rope, dtype=jnp.bfloat16),
-            "last_queries": swizzled(TILE, ASIDE, dtype=cls.dtype),
-            "probs": swizzled(TILE, TILE, dtype=cls.dtype),
-            # of even and odd tiles: alpha; of even and odd items: 1 / sum
-            "factors": plgpu.SMEM((4, TILE), jnp.float32),
+        """Shared memory and barriers; subclasses add theirs."""
+        return {
+            "probs": swizzled(cls.prob_slots, TILE, TILE, dtype=cls.dtype),
+            # alpha of a tile; then 1 / sum of an item
+            "factors": plgpu.SMEM((2 * (cls.prob_slots + 1), TILE), jnp.float32),
             "signals": plgpu.Barrier(num_barriers=sum(cls.signals().values())),
-            "probs_free": plgpu.Barrier(num_arrivals=2),
+            "probs_free": plgpu.Barrier(num_arrivals=2, num_barriers=cls.prob_slots),
         }
-        if g.interpret:
-            columns = (g.half, max(g.half - ASIDE, ASIDE))
-            scratch["left"] = [swizzled(TILE, n, dtype=cls.dtype) for n in columns]
-        return scratch
 
     def __init__(self, g: Geometry, refs: SimpleNamespace) -> None:
         worker, self.part = lax.axis_index("worker"), lax.axis_index("part")
@@ -106,63 +91,59 @@ class Block(abc.ABC):
             first += count
         raise KeyError(name)
 
-    # ------------------------------------------------------------ how tiles reach shared memory
-
-    @abc.abstractmethod
-    def begin(self, half: int) -> tuple[jax.Array, ...]:
-        """Loads before the first step; returns what `refill` carries."""
-
-    @abc.abstractmethod
-    def refill(
-        self, half: int, step: jax.Array, carry: tuple[jax.Array, ...]
-    ) -> tuple[jax.Array, ...]:
-        """At the beginning of `step`: loads into what the step before has left. `carry[0]` is what
-        step + 2 loads.
-        """
-
-    @abc.abstractmethod
-    def staging(self, half: int) -> Any:
-        """The ring of a half as bf16: where queries arrive and results leave."""
-
-    def as_left(self, queries: jax.Array) -> jax.Array:
-        """Queries as the left operand of a product with `tiles`."""
-        return queries
+    def set_registers(self, role: int) -> None:
+        """Takes or gives up registers: warpgroup 0 in role 0, the others in role 1."""
+        count = (self.g.tiles.registers or self.registers)[role]
+        action = "increase" if count >= LAUNCH_REGISTERS else "decrease"
+        plgpu.set_max_registers(count, action=action)
 
     def load(self, step: jax.Array | int) -> jax.Array:
         """What a step loads: a page, or -1 - group for queries."""
         return self.refs.steps[self.first_step + step]
 
-    def copy_queries(self, half: int, load: jax.Array, step: jax.Array) -> None:
-        """Starts to load half of the queries into the ring, if that is what the step loads."""
-        r, slot = self.refs, lax.rem(step, self.slots)
-        columns = pl.ds(half * self.g.half, self.g.half)
-
-        @pl.when((load < 0) & (step < self.num_steps))
-        def _() -> None:
-            rows = r.q_latent.at[pl.ds(self.g.row(-1 - load, self.part), TILE), columns]
-            plgpu.copy_gmem_to_smem(
-                rows, self.staging(half).at[slot], self.signal(f"tile {half}", slot)
-            )
-
-    def copy_page(self, load: jax.Array, step: jax.Array, copy: Callable[..., None]) -> None:
+    def copy_page(self, load: jax.Array, step: jax.Array, copy: Any) -> None:
         """Calls `copy` with a page of the pool, if that is what the step loads."""
         page = self.first_page + load
         pl.when((load >= 0) & (step < self.num_steps))(lambda: copy(page))
 
-    def copy_rope(self, load: jax.Array, step: jax.Array) -> None:
-        """Starts to load a rope tile."""
-        r, ready = self.refs, self.signal("rope")
+    # ------------------------------------------------------------ warpgroup 0
 
-        @pl.when((load < 0) & (step < self.num_steps))
-        def _() -> None:
-            rows = r.q_rope.at[pl.ds(self.g.row(-1 - load, self.part), TILE)]
-            plgpu.copy_gmem_to_smem(rows, r.rope, ready)
+    @abc.abstractmethod
+    def take_queries(self, step: jax.Array, order: jax.Array) -> tuple[list[Any], Any]:
+        """Queries of an item, as `scores` wants them, and what makes exponents of 2 of its scores:
+        a number, or one for each row.
+        """
 
-        self.copy_page(
-            load, step, lambda page: plgpu.copy_gmem_to_smem(r.rope_pool.at[page], r.rope, ready)
-        )
+    @abc.abstractmethod
+    def scores(self, queries: list[Any], step: jax.Array) -> jax.Array:
+        """Q K^T with the tile of a step, [64, 64], without any scale."""
 
-    def next_rope(self, load: jax.Array, step: jax.Array) -> None:
-        """Waits until the rope tile of the step before has been used; loads the one of `step`."""
-        pl.when(step - 1 < self.num_steps)(lambda: plgpu.barrier_wait(self.signal("rope free")))
-        self.copy_rope(load, step)
+    # ------------------------------------------------------------ warpgroups 1 and 2
+
+    @abc.abstractmethod
+    def begin(self, half: int) -> Any:
+        """Loads before the first step; returns what the next two carry."""
+
+    @abc.abstractmethod
+    def begin_item(self, half: int, step: jax.Array, order: jax.Array, carry: Any) -> Any:
+        """What a warpgroup does in the step of an item's queries."""
+
+    @abc.abstractmethod
+    def before_product(self, half: int, step: jax.Array, carry: Any) -> Any:
+        """What it does in the step of a tile, while the probabilities are made."""
+
+    @abc.abstractmethod
+    def add(
+        self, half: int, step: jax.Array, probs: Any, carry: Any, out: list[jax.Array]
+    ) -> tuple[list[jax.Array], Any]:
+        """O + P V with the tile of a step."""
+
+    @abc.abstractmethod
+    def values(self, half: int, step: jax.Array) -> list[Any]:
+        """Shared memory with this half of a tile, by groups of columns."""
+
+    @abc.abstractmethod
+    def results(self, half: int, step: jax.Array) -> list[Any]:
+        """Shared memory for this half of the results, each piece as large as a copy; after the
+        item's last step nobody else uses it.
+        """

@@ -1,15 +1,15 @@
 """Workloads of `mla_decode`: small ones with every kind of edge, and DeepSeek's shapes."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.latent_cache import LatentCache
+from pallas_kernels.latent_cache import Format, LatentCache
 from pallas_kernels.mla_decode.plan import plan_mla_decode
-from pallas_kernels.quant import FP8_TILE, quantise
+from pallas_kernels.quant import E4M3_MAX, FP8_TILE, quantise
 from pallas_kernels.testing.generate import (
     BaseCase,
     normal,
@@ -36,8 +36,8 @@ class Case(BaseCase):
         layers: layers of the pool; the op is asked for the last but one (the last of one).
         width: columns of the page table; one more than needed when None.
         num_pages: pages of the pool; two more than needed when None.
-        kv: "auto" stores latents in the compute dtype, "fp8" as e4m3 with a scale per token and
-            128 channels.
+        kv: format of the cache. Queries for "fp8_tensor" are such as e4m3 holds exactly with a
+            scale for each row, so that kernels which round them have no more error than others.
         sharpness: what the queries are multiplied with; a large one makes softmax almost one-hot,
             and maxima that grow from page to page.
     """
@@ -53,7 +53,7 @@ class Case(BaseCase):
     layers: int = 3
     width: int | None = None
     num_pages: int | None = None
-    kv: Literal["auto", "fp8"] = "auto"
+    kv: Format = "auto"
     sharpness: float = 1.0
 
     def make(self, seed: int, poison: bool = False) -> dict[str, Any]:
@@ -70,6 +70,9 @@ class Case(BaseCase):
         sharpness = np.float32(self.sharpness)
         q_latent = sharpness * normal(rng, tokens + self.padding, self.heads, self.latent)
         q_rope = sharpness * normal(rng, tokens + self.padding, self.heads, self.rope)
+        if self.kv == "fp8_tensor":
+            rounded = in_e4m3(q_latent, q_rope, 3.5 * self.sharpness)
+            q_latent, q_rope = (np.array(q) for q in rounded)
         if poison:
             unused = ~used_slots(table, self.lens, self.page_size, num_pages)
             for pool in (latent, rope):
@@ -96,8 +99,12 @@ class Case(BaseCase):
         """Shapes and types of `make`'s arguments, the layer traced and without a plan."""
         tokens, sequences = sum(self.queries) + self.padding, len(self.lens)
         width, num_pages = self.table
-        fp8 = self.kv == "fp8"
-        shape = jax.ShapeDtypeStruct
+        fp8 = None if self.kv == "auto" else jnp.float8_e4m3fn
+        scales: dict[str, tuple[int, ...]] = {
+            "fp8": (self.layers, num_pages, self.page_size, -(-self.latent // 128)),
+            "fp8_tensor": (self.layers,),
+        }
+        shape: Any = jax.ShapeDtypeStruct
 
         def pool(channels: int, dtype: Any) -> Any:
             return shape((self.layers, num_pages, self.page_size, channels), dtype)
@@ -106,9 +113,9 @@ class Case(BaseCase):
             "q_latent": shape((tokens, self.heads, self.latent), self.dtype),
             "q_rope": shape((tokens, self.heads, self.rope), self.dtype),
             "cache": LatentCache(
-                pool(self.latent, jnp.float8_e4m3fn if fp8 else self.dtype),
-                pool(self.rope, self.dtype),
-                pool(-(-self.latent // 128), jnp.float32) if fp8 else None,
+                pool(self.latent, fp8 or self.dtype),
+                pool(self.rope, fp8 if self.kv == "fp8_tensor" else self.dtype),
+                None if fp8 is None else shape(scales[self.kv], jnp.float32),
             ),
             "layer": shape((), jnp.int32),
             "page_table": shape((sequences, width), jnp.int32),
@@ -130,8 +137,33 @@ class Case(BaseCase):
     def _cache(self, latent: np.ndarray, rope: np.ndarray) -> LatentCache:
         if self.kv == "auto":
             return LatentCache(self.array(latent), self.array(rope))
+        if self.kv == "fp8_tensor":  # a scale that some values are too large for
+            scale = jnp.asarray(2.0 ** (np.arange(self.layers) % 3 - 7), jnp.float32)
+            return LatentCache(_with_scale(latent, scale), _with_scale(rope, scale), scale)
         q = quantise(jnp.asarray(latent), FP8_TILE)
         return LatentCache(q.values, self.array(rope), q.scales)
+
+
+@jax.jit
+def _with_scale(pool: jax.Array, scale: jax.Array) -> jax.Array:
+    """NaN stays NaN."""
+    scaled = jnp.clip(pool / scale[:, None, None, None], -E4M3_MAX, E4M3_MAX)
+    return scaled.astype(jnp.float8_e4m3fn)
+
+
+def in_e4m3(
+    q_latent: np.ndarray | jax.Array, q_rope: np.ndarray | jax.Array, largest: float
+) -> tuple[jax.Array, jax.Array]:
+    """Queries that e4m3 holds exactly with a scale for each row: every row has the number
+    `largest`, the others are e4m3 in units of largest / 448; every third head is an eighth of that.
+    """
+    unit = largest / E4M3_MAX
+    latent, rope = (
+        jnp.clip(q / unit, -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn).astype(jnp.float32) * unit
+        for q in (q_latent, q_rope)
+    )
+    latent = latent.at[..., 1].set(largest)
+    return latent.at[:, ::3].divide(8), rope.at[:, ::3].divide(8)
 
 
 def _bench(
@@ -140,7 +172,7 @@ def _bench(
     lens: tuple[int, ...],
     queries: int,
     heads: int = 128,
-    kv: Literal["auto", "fp8"] = "auto",
+    kv: Format = "auto",
 ) -> Case:
     return Case(
         name=name,
@@ -162,6 +194,13 @@ def _even(batch: int, length: int, queries: int, **sizes: Any) -> Case:
     extra = "".join(f" {v} heads" if k == "heads" else f" {v}" for k, v in sizes.items())
     name = f"b{batch} kv{length} q{queries}{extra}"
     return _bench(name, lens=(length,) * batch, queries=queries, **sizes)
+
+
+def _varied(kv: Format) -> Case:
+    """128 sequences of normal lengths, 3917 on the average."""
+    lens = np.random.default_rng(150).normal(4096, 2048, 128).clip(64, None).astype(int)
+    name = f"b128 kv{lens.min()}-{lens.max()} q1" + ("" if kv == "auto" else f" {kv}")
+    return _bench(name, lens=tuple(map(int, lens)), queries=1, kv=kv)
 
 
 # The CI cases share as many shapes as they can: compiling takes longer than running them.
@@ -229,6 +268,40 @@ _HOPPER = tuple(
             "latent": 256,
             "kv": "fp8",
         },
+        "fp8 tensor": {
+            "lens": (65, 0, 2, 700),
+            "queries": (2,) * 4,
+            "uniform": True,
+            "latent": 256,
+            "kv": "fp8_tensor",
+        },
+        "fp8 tensor ragged": {
+            "lens": (70, 0, 9, 129),
+            "queries": (1, 2, 3, 2),
+            "heads": 32,
+            "padding": 3,
+            "kv": "fp8_tensor",
+            "sharpness": 4.0,
+        },
+        "real fp8 tensor": {
+            "tags": ("full",),
+            "lens": (513, 64, 0, 190),
+            "queries": (1,) * 4,
+            "uniform": True,
+            "heads": 128,
+            "latent": 512,
+            "kv": "fp8_tensor",
+            "sharpness": 4.0,
+        },
+        "six fp8 tensor": {
+            "tags": ("full",),
+            "lens": (3, 133, 900),
+            "queries": (6,) * 3,
+            "uniform": True,
+            "heads": 16,
+            "latent": 384,
+            "kv": "fp8_tensor",
+        },
         "fp8 peaked": {
             "tags": ("full",),
             "lens": (200, 64, 140),
@@ -249,6 +322,7 @@ CASES = (
     Case(name="verify", lens=(17, 2, 0, 48), queries=(3,) * 4, uniform=True),
     Case(name="bfloat16", lens=(1, 40, 65), queries=(2,) * 3, uniform=True, dtype="bfloat16"),
     Case(name="fp8", lens=(5, 33, 16), queries=(1, 4, 2), latent=160, kv="fp8"),
+    Case(name="fp8 tensor", lens=(5, 33, 16), queries=(1, 4, 2), latent=160, kv="fp8_tensor"),
     Case(
         name="fp8 bfloat16",
         lens=(5, 33, 16),
@@ -283,9 +357,14 @@ CASES = (
     *(_even(128, 4096, q, kv="fp8") for q in (1, 2)),
     _even(32, 8192, 1, kv="fp8"),
     _even(256, 1024, 1, kv="fp8"),
+    *(_even(128, 4096, q, kv="fp8_tensor") for q in (1, 2)),
+    _even(32, 8192, 1, kv="fp8_tensor"),
+    _even(256, 1024, 1, kv="fp8_tensor"),
+    *(_varied(kv) for kv in ("auto", "fp8", "fp8_tensor")),
     *(_even(128, 4096, q, heads=64) for q in (1, 2)),
     _even(128, 4096, 1, heads=16),
     _even(128, 4096, 4, heads=16),
     _even(128, 4096, 1, heads=16, kv="fp8"),
+    _even(128, 4096, 1, heads=16, kv="fp8_tensor"),
 )
 CI, FULL, BENCH = tagged(CASES, "ci"), tagged(CASES, "full"), tagged(CASES, "bench")

@@ -18,13 +18,15 @@ from pallas_kernels.mla_decode.block import Block
 from pallas_kernels.mla_decode.combine import combine
 from pallas_kernels.mla_decode.geometry import Geometry
 from pallas_kernels.mla_decode.mosaic_sm90_fp8 import Fp8Block
+from pallas_kernels.mla_decode.mosaic_sm90_fp8_tensor import Fp8TensorBlock
 from pallas_kernels.mla_decode.plan import MlaDecodePlan, with_work
+from pallas_kernels.mla_decode.tile_block import TileBlock
 from pallas_kernels.mla_decode.tiles import Tiles
 from pallas_kernels.mla_decode.work import TILE
 from pallas_kernels.select import count_sms
 
 
-class Bf16Block(Block):
+class Bf16Block(TileBlock):
     """Tiles are used as they come: who has done the products of a step loads step + 2 there."""
 
     name = "bf16"
@@ -33,16 +35,16 @@ class Bf16Block(Block):
 
     @classmethod
     def scratch(cls, g: Geometry) -> dict[str, Any]:
-        """See `Block`."""
+        """See `TileBlock`."""
         ring = hopper.swizzled(cls.slots, TILE, g.half, dtype=cls.dtype)
         return super().scratch(g) | {"tiles": [ring, ring]}
 
     def staging(self, half: int) -> Any:
-        """See `Block`."""
+        """See `TileBlock`."""
         return self.refs.tiles[half]
 
-    def begin(self, half: int) -> tuple[jax.Array, ...]:
-        """See `Block`."""
+    def fill(self, half: int) -> tuple[jax.Array, ...]:
+        """See `TileBlock`."""
         self._copy(half, self.load(0), jnp.int32(0))
         self._copy(half, self.load(1), jnp.int32(1))
         return (self.load(2),)
@@ -50,7 +52,7 @@ class Bf16Block(Block):
     def refill(
         self, half: int, step: jax.Array, carry: tuple[jax.Array, ...]
     ) -> tuple[jax.Array, ...]:
-        """See `Block`."""
+        """See `TileBlock`."""
         plgpu.commit_smem()  # all four warps have done their products with the slot
         self._copy(half, carry[0], step + 2)
         return (self.load(step + 3),)
@@ -61,6 +63,14 @@ class Bf16Block(Block):
         to, ready = r.tiles[half].at[slot], self.signal(f"tile {half}", slot)
         self.copy_queries(half, load, step)
         self.copy_page(load, step, lambda page: plgpu.copy_gmem_to_smem(rows.at[page], to, ready))
+
+
+BLOCKS: dict[str, type[Block]] = {
+    "auto": Bf16Block,
+    "fp8": Fp8Block,
+    "fp8_tensor": Fp8TensorBlock,
+}
+"""By the format of the cache."""
 
 
 def mla_decode(
@@ -134,12 +144,12 @@ def _attend(
     """Results as `Block` names them: out [T H, C], lse [G, parts, 64] and the same two for partial
     results. Only what the work list says is written.
     """
-    work, block = plan.work, Bf16Block if cache.scale is None else Fp8Block
+    work, block = plan.work, BLOCKS[cache.format]
     assert work is not None
     workers, rows = work.workers.shape[0] - 1, q_latent.shape[0] * g.heads
     operands = {
-        "q_latent": q_latent.reshape(rows, -1),
-        "q_rope": q_rope.reshape(rows, -1),
+        "q_latent": _queries(q_latent, block, g),
+        "q_rope": _queries(q_rope, block, g),
         "latent_pool": _pages(cache.latent),
         "rope_pool": _pages(cache.rope),
         "layer": layer[None],
@@ -149,7 +159,8 @@ def _attend(
         "steps": work.steps,
     }
     if cache.scale is not None:
-        operands["scale_pool"] = _pages(cache.scale)
+        paged = cache.scale.ndim == 4
+        operands |= {"scale_pool": _pages(cache.scale)} if paged else {"scales": cache.scale}
     results = {
         "out": ((rows, g.latent), q_latent.dtype),
         "lse": ((rows // g.rows, g.parts, TILE), jnp.float32),
@@ -178,6 +189,15 @@ def _attend(
         interpret=g.interpret,
     )
     return tuple(kernel(*operands.values()))
+
+
+def _queries(q: jax.Array, block: type[Block], g: Geometry) -> jax.Array:
+    """[T H, _]; with more rows where a group does not fill its thread blocks, if they are not read
+    by copies, which know where memory ends.
+    """
+    q = q.reshape(-1, q.shape[-1])
+    spare = 0 if block.copies_queries else -g.rows % TILE
+    return jnp.pad(q, ((0, spare), (0, 0))) if spare else q
 
 
 def _pages(pool: jax.Array) -> jax.Array:

@@ -16,8 +16,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
 from pallas_kernels.hopper import MATRIX, ROWS, by_row
-from pallas_kernels.mla_decode.block import Block
 from pallas_kernels.mla_decode.geometry import Geometry
+from pallas_kernels.mla_decode.tile_block import TileBlock
 from pallas_kernels.mla_decode.work import TILE
 from pallas_kernels.quant import E4M3_MAX
 
@@ -30,7 +30,7 @@ GROUP = 128
 RAW_SLOTS = 2
 
 
-class Fp8Block(Block):
+class Fp8Block(TileBlock):
     """Raw tiles are loaded two steps before they are needed; a warpgroup with values converts its
     half for step + 1 before it multiplies in `step`, while warpgroup 0 makes the probabilities.
     """
@@ -38,16 +38,16 @@ class Fp8Block(Block):
     name = "fp8"
     slots = 2
     dtype = jnp.float16
-    value_scale = RANGE
+    value_factor = 1 / RANGE
 
     @classmethod
     def signals(cls) -> dict[str, int]:
-        """See `Block`."""
+        """See `TileBlock`."""
         return super().signals() | {"raw 0": RAW_SLOTS, "raw 1": RAW_SLOTS}
 
     @classmethod
     def scratch(cls, g: Geometry) -> dict[str, Any]:
-        """See `Block`."""
+        """See `TileBlock`."""
         ring = [
             hopper.swizzled(cls.slots, TILE, g.half, dtype=t) for t in (cls.dtype, jnp.bfloat16)
         ]
@@ -62,15 +62,15 @@ class Fp8Block(Block):
         self.refs.tiles = [converted for converted, _ in self.refs.rings]
 
     def staging(self, half: int) -> Any:
-        """See `Block`."""
+        """See `TileBlock`."""
         return self.refs.rings[half][1]
 
     def as_left(self, queries: jax.Array) -> jax.Array:
-        """See `Block`."""
+        """See `TileBlock`."""
         return (queries.astype(jnp.float32) * (1 / RANGE)).astype(jnp.float16)
 
-    def begin(self, half: int) -> tuple[jax.Array, ...]:
-        """See `Block`."""
+    def fill(self, half: int) -> tuple[jax.Array, ...]:
+        """See `TileBlock`."""
         self.copy_queries(half, self.load(0), jnp.int32(0))
         self._copy_raw(half, self.load(1), jnp.int32(1))
         self._copy_raw(half, self.load(2), jnp.int32(2))
@@ -79,7 +79,7 @@ class Fp8Block(Block):
     def refill(
         self, half: int, step: jax.Array, carry: tuple[jax.Array, ...]
     ) -> tuple[jax.Array, ...]:
-        """See `Block`. Carries what is loaded in step + 2, + 1 and + 3, and the scales of + 1."""
+        """See `TileBlock`. Carries what step + 2, + 1 and + 3 load, and the scales of + 1."""
         second, first, third, *scales = carry
         later = self._scales(half, second)  # now, because they come from memory
         plgpu.commit_smem()  # all four warps have done their products with the slot

@@ -13,8 +13,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper import MATRIX, ROWS, accumulator, by_row, row_values
-from pallas_kernels.mla_decode.block import ASIDE, Block
+from pallas_kernels.hopper import MATRIX, ROWS, by_row, row_values
+from pallas_kernels.mla_decode.block import Block
 from pallas_kernels.mla_decode.work import FIRST, GROUP, PARTIAL, TILE, TILES, WHOLE
 
 HIDDEN = -(2.0**100)
@@ -25,9 +25,10 @@ in a row that sees nothing all exponents are 0, not the rounding error of a huge
 
 def run(b: Block) -> None:
     """Does a worker's items in turn."""
-    plgpu.set_max_registers(b.g.tiles.registers[0], action="increase")
+    b.set_registers(0)
     lax.fori_loop(b.first_item, b.end_item, functools.partial(_item, b), jnp.int32(0))
-    plgpu.barrier_wait(b.refs.probs_free)
+    for slot in range(b.prob_slots):
+        plgpu.barrier_wait(b.refs.probs_free.at[slot])
 
 
 def _item(b: Block, item: jax.Array, step: jax.Array) -> jax.Array:
@@ -36,27 +37,28 @@ def _item(b: Block, item: jax.Array, step: jax.Array) -> jax.Array:
         b.refs.items[item, column] for column in (GROUP, FIRST, TILES, WHOLE, PARTIAL)
     )
     limits = _limits(b, group)
-    queries = _take_queries(b, step, order)
+    queries, factor = b.take_queries(step, order)
     number = step - order  # of the first tile, counted without the steps that load queries
 
     def tile(index: jax.Array, carry: Any, masked: bool) -> Any:
         top, total, scores = carry
         if masked:
             scores = _mask(scores, limits, (first + index) * TILE)
-        top, total = _softmax(b, number + index, top, total, scores)
-        return top, total, _scores(b, queries, step + 2 + index)
+        top, total = _softmax(b, number + index, top, total, scores, factor)
+        return top, total, b.scores(queries, step + 2 + index)
 
-    carry = row_values(HIDDEN * b.g.exponent), row_values(0.0), _scores(b, queries, step + 1)
+    lowest = row_values(HIDDEN) * factor
+    carry = lowest, row_values(0.0), b.scores(queries, step + 1)
     whole = jnp.minimum(whole, tiles - 1)
     carry = lax.fori_loop(0, whole, functools.partial(tile, masked=False), carry)
     carry = lax.fori_loop(whole, tiles - 1, functools.partial(tile, masked=True), carry)
     top, total, scores = carry
     scores = _mask(scores, limits, (first + tiles - 1) * TILE)
-    top, total = _softmax(b, number + tiles - 1, top, total, scores)
+    top, total = _softmax(b, number + tiles - 1, top, total, scores, factor)
 
     # A row without a limit took part in tiles that all others see whole.
-    seen = (top > HIDDEN * b.g.exponent / 2) & (limits > 0)
-    _publish_norm(b, order, jnp.where(seen, 1 / (b.value_scale * total), 0.0))
+    seen = (top > lowest / 2) & (limits > 0)
+    _publish_norm(b, order, jnp.where(seen, b.value_factor / total, 0.0))
     lse = jnp.where(seen, (top + jnp.log2(total)) * math.log(2), -jnp.inf)
     _store_lse(b, group, partial, lse)
     return step + 1 + tiles
@@ -77,58 +79,6 @@ def _limits(b: Block, group: jax.Array) -> jax.Array:
     return limits
 
 
-def _take_queries(b: Block, step: jax.Array, order: jax.Array) -> list[Any]:
-    """Moves the queries out of the ring: [64, C / 2] and [64, C / 2 - ASIDE] into registers."""
-    r, slot, columns = b.refs, lax.rem(step, b.slots), b.g.half - ASIDE
-    plgpu.barrier_wait(b.signal("rope"))
-    r.rope_queries[...] = r.rope[...]
-    plgpu.commit_smem()
-    plgpu.barrier_arrive(b.signal("rope free"))
-    for half in range(2):
-        plgpu.barrier_wait(b.signal(f"tile {half}", slot))
-    queries = [_left(b, 0, slot, b.g.half)]
-    if columns:
-        queries.append(_left(b, 1, slot, columns))
-    last = plgpu.load(b.staging(1).at[slot, :, pl.ds(columns, ASIDE)], layout=MATRIX)
-    r.last_queries[...] = b.as_left(last)
-    plgpu.commit_smem()
-    plgpu.barrier_arrive(b.signal("queries taken", lax.rem(order, 2)))
-    return queries
-
-
-def _left(b: Block, half: int, slot: jax.Array, columns: int) -> Any:
-    rows = b.staging(half).at[slot, :, pl.ds(0, columns)]
-    queries = b.as_left(plgpu.load(rows, layout=MATRIX))
-    if not b.g.interpret:
-        return queries
-    # The interpreter takes both operands of a product from memory only.
-    b.refs.left[half][...] = queries
-    return b.refs.left[half]
-
-
-def _scores(b: Block, queries: list[Any], step: jax.Array) -> jax.Array:
-    """Q K^T with the tile of a step, [64, 64], not scaled."""
-    r, slot, columns = b.refs, lax.rem(step, b.slots), b.g.half - ASIDE
-
-    def multiply(scores: Any) -> jax.Array:
-        # The rope tile first: there is one, and the next load needs all the time it can get.
-        plgpu.barrier_wait(b.signal("rope"))
-        plgpu.wgmma(scores, r.rope_queries, r.rope.transpose((1, 0)))
-        plgpu.wgmma_wait(0)
-        plgpu.barrier_arrive(b.signal("rope free"))
-        for half, left in enumerate(queries):
-            plgpu.barrier_wait(b.signal(f"tile {half}", slot))
-            keys = r.tiles[half].at[slot, :, pl.ds(0, left.shape[1])]
-            plgpu.wgmma(scores, left, keys.transpose((1, 0)))
-        if not columns:
-            plgpu.barrier_wait(b.signal("tile 1", slot))
-        keys = r.tiles[1].at[slot, :, pl.ds(columns, ASIDE)]
-        plgpu.wgmma(scores, r.last_queries, keys.transpose((1, 0)))
-        return scores[...]
-
-    return pl.run_scoped(multiply, accumulator(TILE, TILE))
-
-
 def _mask(scores: jax.Array, limits: jax.Array, first: jax.Array) -> jax.Array:
     """Hides the columns, cached rows `first` and later, that a query row may not see."""
     column = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=MATRIX) + first
@@ -138,7 +88,7 @@ def _mask(scores: jax.Array, limits: jax.Array, first: jax.Array) -> jax.Array:
 
 
 def _softmax(
-    b: Block, number: jax.Array, top: jax.Array, total: jax.Array, scores: jax.Array
+    b: Block, number: jax.Array, top: jax.Array, total: jax.Array, scores: jax.Array, factor: Any
 ) -> tuple[jax.Array, jax.Array]:
     """Publishes the probabilities of a tile, and before them the factor alpha by which older
     results shrink: applying it takes the other warpgroups a while.
@@ -149,27 +99,29 @@ def _softmax(
         top: maximum of each row so far, as an exponent of 2.
         total: sum of each row so far.
         scores: [64, 64].
+        factor: from scores to exponents of 2, see `Block.take_queries`.
 
     Returns:
         The new `top` and `total`.
     """
-    r, even = b.refs, lax.rem(number, 2)
-    new_top = jnp.maximum(top, scores.max(axis=1) * b.g.exponent)
+    r, slot, place = b.refs, lax.rem(number, b.prob_slots), lax.rem(number, b.prob_slots + 1)
+    new_top = jnp.maximum(top, scores.max(axis=1) * factor)
     alpha = jnp.exp2(top - new_top)
-    r.factors.at[even][...] = alpha
-    plgpu.barrier_arrive(b.signal("alpha", even))
-    probs = jnp.exp2(scores * b.g.exponent - by_row(new_top, scores))
-    plgpu.barrier_wait(r.probs_free)
-    r.probs[...] = probs.astype(r.probs.dtype)
+    r.factors.at[place][...] = alpha
+    plgpu.barrier_arrive(b.signal("alpha", place))
+    factor = factor if isinstance(factor, float) else by_row(factor, scores)
+    probs = jnp.exp2(scores * factor - by_row(new_top, scores))
+    plgpu.barrier_wait(r.probs_free.at[slot])
+    r.probs.at[slot][...] = probs.astype(r.probs.dtype)
     plgpu.commit_smem()
-    plgpu.barrier_arrive(b.signal("probs"))
+    plgpu.barrier_arrive(b.signal("probs", slot))
     return new_top, total * alpha + probs.sum(axis=1)
 
 
 def _publish_norm(b: Block, order: jax.Array, norm: jax.Array) -> None:
-    even = lax.rem(order, 2)
-    b.refs.factors.at[2 + even][...] = norm
-    plgpu.barrier_arrive(b.signal("norm", even))
+    place = lax.rem(order, b.prob_slots + 1)
+    b.refs.factors.at[b.prob_slots + 1 + place][...] = norm
+    plgpu.barrier_arrive(b.signal("norm", place))
 
 
 def _store_lse(b: Block, group: jax.Array, partial: jax.Array, lse: jax.Array) -> None:

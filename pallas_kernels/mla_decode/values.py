@@ -9,21 +9,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper import MATRIX, ROWS, by_row, multiply_add
+from pallas_kernels.hopper import MATRIX, ROWS, by_row
 from pallas_kernels.mla_decode.block import Block
 from pallas_kernels.mla_decode.work import FIRST, GROUP, PARTIAL, SEEN, TILE, TILES
 
 
 def run(b: Block, half: int) -> None:
     """Does a worker's items in turn, for one half of the latent columns."""
-    plgpu.set_max_registers(b.g.tiles.registers[1], action="decrease")
-    plgpu.barrier_arrive(b.refs.probs_free)  # as if probabilities before had been read
-    carry = b.begin(half)
-    if half == 0:
-        b.copy_rope(b.load(0), jnp.int32(0))
-        b.next_rope(b.load(1), jnp.int32(1))
+    b.set_registers(1)
+    for slot in range(b.prob_slots):  # as if probabilities before had been read
+        plgpu.barrier_arrive(b.refs.probs_free.at[slot])
     item = functools.partial(_item, b, half)
-    lax.fori_loop(b.first_item, b.end_item, item, (jnp.int32(0), carry))
+    lax.fori_loop(b.first_item, b.end_item, item, (jnp.int32(0), b.begin(half)))
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -32,69 +29,51 @@ def _item(b: Block, half: int, item: jax.Array, state: Any) -> Any:
     group, first, tiles, seen, partial = (
         b.refs.items[item, column] for column in (GROUP, FIRST, TILES, SEEN, PARTIAL)
     )
-    rope_load, carry = carry[0], b.refill(half, step, carry)
-    plgpu.barrier_wait(b.signal("queries taken", lax.rem(order, 2)))
-    if half == 0:
-        b.next_rope(rope_load, step + 2)
+    carry = b.begin_item(half, step, order, carry)
 
     def tile(index: jax.Array, state: Any) -> Any:
-        (out, carry), now = state, step + 1 + index
-        rope_load, carry = carry[0], b.refill(half, now, carry)
-        out = _shrink(b, lax.rem(step - order + index, 2), out)
-        plgpu.barrier_wait(b.signal("probs"))  # and so the scores of this tile are done
+        (out, carry), now, number = state, step + 1 + index, step - order + index
+        carry = b.before_product(half, now, carry)
+        out = _shrink(b, lax.rem(number, b.prob_slots + 1), out)
+        slot = lax.rem(number, b.prob_slots)
+        plgpu.barrier_wait(b.signal("probs", slot))  # and so the scores of this tile are done
         _clear_hidden(b, half, now, seen - (first + index) * TILE)
-        return _add(b, half, now, rope_load, out), carry
+        out, carry = b.add(half, now, b.refs.probs.at[slot], carry, out)
+        plgpu.barrier_arrive(b.refs.probs_free.at[slot])
+        return out, carry
 
-    columns = min(b.g.tiles.value_columns, b.g.half)
-    zero = plgpu.layout_cast(jnp.zeros((TILE, columns), jnp.float32), MATRIX)
-    state = [zero] * (b.g.half // columns), carry
-    out, carry = lax.fori_loop(0, tiles, tile, state)
-    even = lax.rem(order, 2)
-    plgpu.barrier_wait(b.signal("norm", even))
-    norm = plgpu.load(b.refs.factors.at[2 + even], layout=ROWS)
+    zero = [
+        plgpu.layout_cast(jnp.zeros(part.shape, jnp.float32), MATRIX)
+        for part in b.values(half, step)
+    ]
+    out, carry = lax.fori_loop(0, tiles, tile, (zero, carry))
+    place = lax.rem(order, b.prob_slots + 1)
+    plgpu.barrier_wait(b.signal("norm", place))
+    norm = plgpu.load(b.refs.factors.at[b.prob_slots + 1 + place], layout=ROWS)
     out = [o * by_row(norm, o) for o in out]
     _store(b, half, step + tiles, group, partial, out)
     return step + 1 + tiles, carry
 
 
-def _shrink(b: Block, even: jax.Array, out: list[jax.Array]) -> list[jax.Array]:
+def _shrink(b: Block, place: jax.Array, out: list[jax.Array]) -> list[jax.Array]:
     """alpha O."""
-    plgpu.barrier_wait(b.signal("alpha", even))
-    alpha = plgpu.load(b.refs.factors.at[even], layout=ROWS)
+    plgpu.barrier_wait(b.signal("alpha", place))
+    alpha = plgpu.load(b.refs.factors.at[place], layout=ROWS)
     return [o * by_row(alpha, o) for o in out]
 
 
 def _clear_hidden(b: Block, half: int, step: jax.Array, rows: jax.Array) -> None:
     """Zeros the rows of a tile from `rows` on: their probabilities are 0, but 0 * NaN is NaN."""
-    ring, slot = b.refs.tiles[half], lax.rem(step, b.slots)
 
     @pl.when(rows < TILE)
     def _() -> None:
-        for start in range(0, b.g.half, 64):
-            strip = ring.at[slot, :, pl.ds(start, 64)]
-            row = plgpu.broadcasted_iota(jnp.int32, (TILE, 64), 0, layout=MATRIX)
-            values = plgpu.load(strip, layout=MATRIX)
-            strip[...] = jnp.where(row < rows, values, jnp.zeros_like(values))
+        for part in b.values(half, step):
+            for start in range(0, part.shape[1], 64):
+                strip = part.at[:, pl.ds(start, 64)]
+                row = plgpu.broadcasted_iota(jnp.int32, (TILE, 64), 0, layout=MATRIX)
+                values = plgpu.load(strip, layout=MATRIX)
+                strip[...] = jnp.where(row < rows, values, jnp.zeros_like(values))
         plgpu.commit_smem()
-
-
-def _add(
-    b: Block, half: int, step: jax.Array, rope_load: jax.Array, out: list[jax.Array]
-) -> list[jax.Array]:
-    """O + P V with the tile of a step; meanwhile the rope tile of step + 2 is asked for."""
-    r, slot, columns = b.refs, lax.rem(step, b.slots), out[0].shape[1]
-
-    def multiply(*sums: Any) -> None:
-        for i, ref in enumerate(sums):
-            values = r.tiles[half].at[slot, :, pl.ds(i * columns, columns)]
-            plgpu.wgmma(ref, r.probs, values)
-        if half == 0:
-            b.next_rope(rope_load, step + 2)
-        plgpu.wgmma_wait(0)
-
-    out = multiply_add(out, multiply, b.g.interpret is not None)
-    plgpu.barrier_arrive(r.probs_free)
-    return out
 
 
 def _store(
@@ -105,9 +84,7 @@ def _store(
     partial: jax.Array,
     out: list[jax.Array],
 ) -> None:
-    """Writes this half of the results: partial ones directly, final ones through the slot of the
-    item's last step.
-    """
+    """Writes this half of the results: partial ones directly, final ones through shared memory."""
     r, g, columns = b.refs, b.g, out[0].shape[1]
 
     @pl.when(partial >= 0)
@@ -118,10 +95,13 @@ def _store(
 
     @pl.when(partial < 0)
     def _() -> None:
-        plgpu.commit_smem()  # all four warps have done their products with the slot
-        staged = b.staging(half).at[lax.rem(step, b.slots)]
+        plgpu.commit_smem()  # all four warps have done their products with the tile
+        staged = b.results(half, step)
+        width = g.half // len(staged)
         for i, part in enumerate(out):
-            staged.at[:, pl.ds(i * columns, columns)][...] = part.astype(r.out.dtype)
+            place, at = divmod(i * columns, width)
+            staged[place].at[:, pl.ds(at, columns)][...] = part.astype(r.out.dtype)
         plgpu.commit_smem()
-        g.store(staged, r.out.at[:, pl.ds(half * g.half, g.half)], group, b.part)
+        for i, tile in enumerate(staged):
+            g.store(tile, r.out.at[:, pl.ds(half * g.half + i * width, width)], group, b.part)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -68,7 +68,10 @@ def expected(case, seed=0):
     args = case.make(seed, poison=True)
     cache, layer = args["cache"], args["layer"]
     latent, rope = np.asarray(cache.latent[layer]), np.asarray(cache.rope[layer])
-    if cache.scale is not None:
+    if cache.format == "fp8_tensor":
+        scale = np.float64(cache.scale[layer])
+        latent, rope = (formats.from_e4m3(x.view(np.uint8)) * scale for x in (latent, rope))
+    elif cache.scale is not None:
         latent = formats.dequantise(latent, np.asarray(cache.scale[layer]), (1, 128), "e4m3")
     arrays = (np.asarray(args[k]) for k in ("page_table", "cached_lens", "query_starts"))
     q = (np.asarray(args[k]) for k in ("q_latent", "q_rope"))

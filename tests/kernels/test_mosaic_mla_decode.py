@@ -12,14 +12,22 @@ import numpy as np
 import pytest
 
 from pallas_kernels import plan_mla_decode
-from pallas_kernels.mla_decode import api, cases, mosaic_sm90, mosaic_sm90_fp8, scores, values
+from pallas_kernels.mla_decode import (
+    api,
+    cases,
+    mosaic_sm90,
+    mosaic_sm90_fp8,
+    mosaic_sm90_fp8_tensor,
+    scores,
+    values,
+)
 from pallas_kernels.mla_decode.plan import with_work
 from pallas_kernels.mla_decode.tiles import Tiles
 from pallas_kernels.select import H100_SMS, choose, no_hopper
 from pallas_kernels.testing import assert_close, call
 from pallas_kernels.testing.interpret import RaceError
 from tests.kernels.mla_decode_suite import CASES, check, interpreted, run
-from tests.tolerances import OP
+from tests.tolerances import E4M3_QUERIES, OP
 
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="interprets on a CPU")
 
@@ -35,6 +43,7 @@ SMALL = cases.Case(
     dtype="bfloat16",
     sharpness=3.0,
 )
+TENSOR = dataclasses.replace(SMALL, name="hopper small fp8 tensor", latent=256, kv="fp8_tensor")
 
 
 # ------------------------------------------------------------------ planted bugs
@@ -96,6 +105,58 @@ def test_suite_sees_scales_left_out(monkeypatch):
         check(op, dataclasses.replace(SMALL, name="hopper small fp8", kv="fp8"))
 
 
+Tensor = mosaic_sm90_fp8_tensor.Fp8TensorBlock
+
+
+def _first_group_only(self, half, step, group, load):
+    if group == 0:
+        _convert(self, half, step, group, load)
+
+
+def _never_clipped(self, index, source, largest):
+    return _rounded(self, index, source, largest / 2)
+
+
+_convert, _rounded = Tensor._convert, Tensor._rounded
+TENSOR_BUGS = {
+    "hidden rows keep NaN": has(values, "_clear_hidden", lambda *_: None),
+    "scales of queries too small": has(Tensor, "_rounded", _never_clipped),
+    "second group not converted": has(Tensor, "_convert", _first_group_only),
+}
+
+
+@on_cpu
+@pytest.mark.parametrize("bug", TENSOR_BUGS)
+def test_suite_sees_with_one_scale(bug, monkeypatch):
+    with pytest.raises(AssertionError):
+        check(TENSOR_BUGS[bug](monkeypatch), TENSOR)
+
+
+@on_cpu
+def test_suite_sees_the_scale_of_another_layer(monkeypatch):
+    def change(args):
+        scale = jnp.roll(args["cache"].scale, 1)
+        return args | {"cache": dataclasses.replace(args["cache"], scale=scale)}
+
+    op = interpreted()
+    check(op, TENSOR)
+    with pytest.raises(AssertionError):
+        check(lambda **args: op(**change(args)), TENSOR)
+
+
+@on_cpu
+def test_queries_are_rounded_to_e4m3_by_row():
+    """Cases have queries that e4m3 holds; of other ones, the error is that of the format."""
+    args = TENSOR.make(0)
+    rng = np.random.default_rng(1)
+    for name in ("q_latent", "q_rope"):
+        rows = rng.standard_normal(args[name].shape) * np.exp(rng.uniform(-3, 1, (6, 32, 1)))
+        args[name] = jnp.asarray(rows, jnp.bfloat16)
+    want = call(api.mla_decode, args | {"impl": "reference"})
+    for got, expected, name in zip(interpreted()(**args), want, ("out", "lse"), strict=True):
+        assert_close(got, expected, E4M3_QUERIES, name)
+
+
 @on_cpu
 def test_race_detector_sees_a_missing_fence(monkeypatch):
     op = has(scores.plgpu, "commit_smem", lambda: None)(monkeypatch)
@@ -144,7 +205,11 @@ def test_tiles_do_not_change_results(tiles):
         ({"latent": 192}, "in 128s, and 64 of rope, not 192 and 64"),
         ({"latent": 640}, "not 640"),
         ({"rope": 32}, "not 128 and 32"),
-        ({"dtype": "float32"}, "needs bfloat16 queries and rope, not float32 and float32"),
+        (
+            {"dtype": "float32", "kv": "fp8_tensor"},
+            "bfloat16 queries and rope keys of float8_e4m3fn, not float32 and float8_e4m3fn",
+        ),
+        ({"dtype": "float32"}, "rope keys of bfloat16, not float32 and float32"),
     ],
 )
 def test_refusals_name_what_is_needed(sizes, reason):

@@ -78,7 +78,7 @@ def test_apply_of_the_671b_config():
 
 
 @pytest.mark.parametrize("form", ["absorbed", "expanded"])
-@pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
+@pytest.mark.parametrize("kv_dtype", ["auto", "fp8", "fp8_tensor"])
 def test_forward_of_the_671b_config(form, kv_dtype):
     i32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
     cache = jax.eval_shape(
