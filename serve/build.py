@@ -3,62 +3,41 @@
 import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
-from dskjax.axes import Sharding
 from dskjax.cache import init_cache
 from dskjax.config import ModelConfig
+from dskjax.decode.ranks import Ranks
 from dskjax.decode.rules import ThinkIds
 from dskjax.decode.slots import RowOptions, Slots, init_slots
 from dskjax.decode.step import DecodeConfig
 from dskjax.decode.synthetic import SyntheticAcceptance
 from dskjax.expert_parallel import Exchange
-from dskjax.mesh import make_mesh, preset
-from dskjax.model import param_specs
-from dskjax.params import Params, unstack
+from dskjax.params import Params
 from serve.blocks import BlockManager
 from serve.buckets import Buckets
 from serve.config import EngineConfig, RoleConfig
 from serve.drafting import DraftPolicy
 from serve.engine import Engine, Observer
 from serve.engine_api import EngineEvent, Role
+from serve.expert_balancer import ExpertBalancer
 from serve.layerwise import LayerwisePrefill, layer_groups
 from serve.link import DeviceLink
 from serve.memory import count_pages, step_memory
+from serve.placement import Placement, place_params
 from serve.programs import Programs, Progress
+from serve.rank_runner import RankRunner
+from serve.rank_scheduler import RankScheduler
 from serve.request import Request, StopOptions
-from serve.rows import option_row, row_options
+from serve.rows import needs, option_row, row_options
 from serve.runner import Runner
 from serve.scheduler import Scheduler
 from serve.scheduler_config import SchedulerConfig
 from serve.transfer.pages import PagePrograms, kv_form
 from serve.transfer.transport import KVTransport
-
-
-class Placement(NamedTuple):
-    """Where an engine lives, and in how many ways it splits its experts."""
-
-    name: str
-    role: Role
-    devices: tuple[Any, ...]
-    ep: int = 1
-
-    @property
-    def split(self) -> Sharding | None:
-        """How the weights are split: all devices work on the same sequences. None on one device."""
-        if len(self.devices) == 1:
-            return None
-        tp = len(self.devices) // self.ep
-        return preset("prefill", make_mesh(ep=self.ep, tp=tp, devices=self.devices))
-
-    @property
-    def sharding(self) -> Any:
-        """Whole copies on every device."""
-        split = self.split
-        return jax.sharding.SingleDeviceSharding(self.devices[0]) if split is None else split.of(())
 
 
 def place(roles: Sequence[RoleConfig], devices: Sequence[Any]) -> list[Placement]:
@@ -78,7 +57,9 @@ def place(roles: Sequence[RoleConfig], devices: Sequence[Any]) -> list[Placement
         for index in range(role.engines):
             own = tuple(devices[at : at + role.width])
             at += role.width
-            placements.append(Placement(f"{role.role.value}{index}", role.role, own, role.ep))
+            placements.append(
+                Placement(f"{role.role.value}{index}", role.role, own, role.ep, role.dp)
+            )
     return placements
 
 
@@ -151,7 +132,16 @@ def build_engine(
     Raises:
         ValueError: the configuration does not fit the model or the memory.
     """
-    cfg, exchange = model.cfg, Exchange.of(placement.split)
+    ranks, exchange = placement.ranks, Exchange.of(placement.split)
+    count = 1 if ranks is None else ranks.count
+    _check_shares(config, count)
+    params, cfg = place_params(
+        model.params,
+        model.cfg,
+        placement,
+        unroll=config.unroll,
+        redundant=config.redundant_experts,
+    )
     if exchange is not None and cfg.moe is not None:
         exchange.check(cfg.moe.num_slots)
     decode = dataclasses.replace(decode_config(cfg, config, model.think), exchange=exchange)
@@ -161,7 +151,7 @@ def build_engine(
     elif config.adaptive:
         drafts.add(0)
     buckets = Buckets.make(
-        slots=config.slots,
+        slots=config.slots // count,
         columns=config.columns,
         chunk=config.chunk,
         drafts=tuple(drafts),
@@ -170,15 +160,18 @@ def build_engine(
         extras=config.extras,
         scored=config.prompt_logprobs,
     )
-    params = _place_params(model, placement)
-    if config.unroll:
-        params = unstack(params)
-    state = _empty_slots(model, config, decode, params, placement, pages=config.columns)
-    pages = config.pages or _pages(config, cfg, decode, buckets, params, state, placement.devices)
+    state = _empty_slots(model, config, decode, params, placement, pages=count * config.columns)
+    pages = config.pages or _pages(config, cfg, decode, buckets, params, state, placement)
     state = _empty_slots(model, config, decode, params, placement, pages=pages)
-    runner = Runner(
-        cfg, decode, buckets, params, state, accept=config.accept, eos_ids=model.eos_ids
-    )
+    kind = Runner if ranks is None else RankRunner
+    rest = {"accept": config.accept, "eos_ids": model.eos_ids, "ranks": ranks}
+    runner = kind(cfg, decode, buckets, params, state, **rest)
+    if isinstance(runner, RankRunner) and config.redundant_experts and config.rebalance_every:
+        assert ranks is not None
+        told = Observer().balanced if observer is None else observer.balanced
+        runner.balancer = ExpertBalancer(
+            params, cfg, ranks.sharding, every=config.rebalance_every, told=told
+        )
     form = kv_form(
         state,
         model=_fingerprint(model),
@@ -189,7 +182,7 @@ def build_engine(
     if transport is not None:
         runner.state, link = _link(config, runner, transport, placement.role)
     runner.warm_up(progress)
-    scheduler = _scheduler(config, decode, buckets, pages, model.eos_ids, form.digest)
+    scheduler = _scheduler(config, decode, buckets, pages, model.eos_ids, form.digest, ranks)
     return Engine(
         placement.name,
         placement.role,
@@ -222,12 +215,20 @@ def _link(
     return programs.warm_up(runner.state), DeviceLink(runner, programs, transport, trunk)
 
 
-def _place_params(model: Model, placement: Placement) -> Params:
-    """The weights on the engine's devices, split over them."""
-    split = placement.split
-    if split is None:
-        return jax.device_put(model.params, placement.devices[0])
-    return jax.device_put(model.params, split.params(param_specs(model.cfg), model.params))
+def _check_shares(config: EngineConfig, ranks: int) -> None:
+    """Whether slots and pages can be shared out to the ranks.
+
+    Raises:
+        ValueError: they cannot; the message says what would do.
+    """
+    least = {"slots": ranks, "pages": ranks * config.columns if ranks > 1 else 1}
+    for name, smallest in least.items():
+        value = getattr(config, name)
+        if value is not None and (value % ranks or value < smallest):
+            raise ValueError(
+                f"{name}={value} for {ranks} ranks: give a multiple of {ranks} that is at least "
+                f"{smallest}"
+            )
 
 
 def _empty_slots(
@@ -240,6 +241,8 @@ def _empty_slots(
     pages: int,
 ) -> Slots:
     dtype = params["embed_tokens"]["weight"].dtype
+    ranks = placement.ranks
+    counters = 0 if ranks is None or not config.redundant_experts else ranks.count
     nobody = Request("nobody", [0], stop=StopOptions(max_tokens=1))
     row = option_row(nobody, accept=config.accept, drafts=config.drafts, eos_ids=())
 
@@ -251,11 +254,14 @@ def _empty_slots(
             dtype=dtype,
             kv_dtype=config.kv_dtype,
         )
-        return init_slots(cache, options, cfg=model.cfg, spec=decode.spec, dtype=dtype)
+        return init_slots(
+            cache, options, cfg=model.cfg, spec=decode.spec, dtype=dtype, counters=counters
+        )
 
     # Under jit: the pool may fill its device, so it must not be made on another one first.
     options = row_options([row], config.slots)
-    return jax.jit(make, out_shardings=placement.sharding)(options)
+    where = placement.sharding if ranks is None else ranks.state(jax.eval_shape(make, options))
+    return jax.jit(make, out_shardings=where)(options)
 
 
 def _pages(
@@ -265,16 +271,18 @@ def _pages(
     buckets: Buckets,
     params: Params,
     state: Slots,
-    devices: Sequence[Any],
+    placement: Placement,
 ) -> int:
-    rule = config.accept.name
-    return count_pages(
+    """Pages of all ranks together."""
+    rule, ranks = config.accept.name, placement.ranks
+    count = 1 if ranks is None else ranks.count
+    return count * count_pages(
         page_bytes=state.cache.page_bytes,
-        most=config.slots * config.columns,
+        most=config.slots // count * config.columns,
         least=config.columns,
         fraction=config.memory_fraction,
-        device=devices[0],
-        measure=lambda: step_memory(Programs(cfg, decode, buckets, params, state, rule)),
+        device=placement.devices[0],
+        measure=lambda: step_memory(Programs(cfg, decode, buckets, params, state, rule, ranks)),
     )
 
 
@@ -285,11 +293,12 @@ def _scheduler(
     pages: int,
     eos_ids: tuple[int, ...],
     fingerprint: str,
-) -> Scheduler:
-    spec = decode.spec
+    ranks: Ranks | None,
+) -> Scheduler | RankScheduler:
+    spec, count = decode.spec, 1 if ranks is None else ranks.count
     sizes = SchedulerConfig(
-        num_slots=config.slots,
-        num_pages=pages,
+        num_slots=config.slots // count,
+        num_pages=pages // count,
         page_size=config.page_size,
         max_columns=config.columns,
         drafts=config.drafts,
@@ -300,18 +309,30 @@ def _scheduler(
         max_chunk_tokens=buckets.chunk,
         prefill_policy=config.prefill_policy,
         reserve_tokens=min(128, config.max_model_len // 4),
-        max_waiting=config.max_waiting,
-        max_waiting_tokens=config.max_waiting_tokens,
+        max_waiting=-(-config.max_waiting // count),
+        max_waiting_tokens=-(-config.max_waiting_tokens // count),
     )
-    blocks = BlockManager(
-        pages,
-        config.page_size,
-        fingerprint=fingerprint.encode(),
-        lookahead=spec.depths,
-        tail=spec.tail,
-    )
+    blocks = [
+        BlockManager(
+            sizes.num_pages,
+            config.page_size,
+            fingerprint=fingerprint.encode(),
+            lookahead=spec.depths,
+            tail=spec.tail,
+        )
+        for _ in range(count)
+    ]
     drafting = DraftPolicy(buckets.drafts, buckets.batches)
-    return Scheduler(sizes, blocks, eos_ids=eos_ids, drafting=drafting)
+    if ranks is None:
+        return Scheduler(sizes, blocks[0], eos_ids=eos_ids, drafting=drafting)
+    return RankScheduler(
+        sizes,
+        blocks,
+        buckets=buckets,
+        needed=lambda request: needs(request, request.accept in (None, config.accept)),
+        eos_ids=eos_ids,
+        drafting=drafting,
+    )
 
 
 def _fingerprint(model: Model) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from typing import Literal
 
 from dskjax.decode.rules import RULE_NAMES, RuleOptions
@@ -17,17 +18,21 @@ class RoleConfig:
         engines: how many.
         tp: ways in which each splits heads and widths of MLPs and experts.
         ep: ways in which each splits experts, and heads once more. It has ep * tp devices.
+        dp: None: all devices of an engine work on the same sequences. A number: each of its dp * ep
+            ranks has sequences and a cache of its own, and experts are split over ep; it has dp *
+            ep * tp devices.
     """
 
     role: Role
     engines: int = 1
     tp: int = 1
     ep: int = 1
+    dp: int | None = None
 
     @property
     def width(self) -> int:
         """Devices of each engine."""
-        return self.ep * self.tp
+        return (self.dp or 1) * self.ep * self.tp
 
     @property
     def devices(self) -> int:
@@ -42,6 +47,7 @@ def parse_roles(
     decode_tp: int = 1,
     prefill_ep: int = 1,
     decode_ep: int = 1,
+    mesh: Mapping[str, int] | None = None,
 ) -> tuple[RoleConfig, ...]:
     """Reads "ifb", "4ifb" or "2P1D".
 
@@ -51,9 +57,12 @@ def parse_roles(
         decode_tp: the same of each decode or ifb engine.
         prefill_ep: see `RoleConfig.ep`, of each prefill engine.
         decode_ep: the same of each decode or ifb engine.
+        mesh: dp, ep and tp of each ifb engine whose ranks have sequences of their own, 1 where one
+            is missing; None or empty: no such ranks.
 
     Raises:
-        ValueError: not of that form, or a count below 1.
+        ValueError: not of that form, a count below 1, or a mesh beside other ways to split, or for
+            engines that do not do everything.
     """
     if min(prefill_tp, decode_tp, prefill_ep, decode_ep) < 1:
         raise ValueError(
@@ -61,9 +70,20 @@ def parse_roles(
         )
     prefill = RoleConfig(role=Role.PREFILL, tp=prefill_tp, ep=prefill_ep)
     decode = RoleConfig(role=Role.DECODE, tp=decode_tp, ep=decode_ep)
+    if mesh:
+        if (decode_tp, decode_ep) != (1, 1):
+            raise ValueError(
+                f"{decode_tp=} and {decode_ep=} beside mesh={dict(mesh)}: give both in the mesh"
+            )
+        decode = RoleConfig(role=Role.DECODE, **(dict(dp=1) | dict(mesh)))
     if match := re.fullmatch(r"(\d*)ifb", text.strip().lower()):
         engines = int(match[1] or 1)
         roles = (dataclasses.replace(decode, role=Role.IFB, engines=engines),)
+    elif mesh:
+        raise ValueError(
+            f"roles {text!r} with mesh={dict(mesh)}: ranks with sequences of their own are for "
+            "engines that prefill and decode together, use ifb or Nifb"
+        )
     elif match := re.fullmatch(r"(\d+)p(\d+)d", text.strip().lower()):
         roles = (
             dataclasses.replace(prefill, engines=int(match[1])),
@@ -85,8 +105,8 @@ class EngineConfig:
 
     Attributes:
         max_model_len: most tokens of prompt and answer together.
-        slots: most sequences an engine decodes together.
-        pages: pages of each engine's cache; None fills what memory is left.
+        slots: most sequences an engine decodes together, all its ranks counted.
+        pages: pages of each engine's cache, all its ranks counted; None fills what memory is left.
         page_size: tokens a page; GPU kernels need 64.
         chunk: most prompt tokens in a step.
         drafts: most drafts a step; 0 turns speculation off.
@@ -104,6 +124,9 @@ class EngineConfig:
             rows is compiled once more; without, requests for them are refused.
         unroll: unstack the layers' weights (`dskjax.params.unstack`): slower to compile, and on a
             GPU much faster to run.
+        redundant_experts: slots of each layer's experts beyond one an expert, for copies of those
+            that many rows choose.
+        rebalance_every: steps after which the copies are dealt out anew; 0 leaves them as they are.
         memory_fraction: of a device's memory that weights, cache and scratch may take together.
         max_waiting, max_waiting_tokens: queue limits of an engine.
         prefill_policy: "short-first" or "fcfs".
@@ -131,6 +154,8 @@ class EngineConfig:
     extras: bool = True
     prompt_logprobs: bool = False
     unroll: bool = False
+    redundant_experts: int = 0
+    rebalance_every: int = 1000
     memory_fraction: float = 0.9
     max_waiting: int = 1024
     max_waiting_tokens: int = 2**20
@@ -151,6 +176,14 @@ class EngineConfig:
             raise ValueError(f"{self.kv_dtype=}: use auto or fp8")
         if not 0 < self.memory_fraction <= 1:
             raise ValueError(f"{self.memory_fraction=} must be in (0, 1]")
+        for name in ("redundant_experts", "rebalance_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
+        if self.redundant_experts and self.unroll:
+            raise ValueError(
+                f"redundant_experts={self.redundant_experts} move within stacked layers: turn "
+                "unroll off"
+            )
         if self.accept.name not in self.rules:
             raise ValueError(
                 f"the default rule {self.accept.name!r} is not among rules={list(self.rules)}"

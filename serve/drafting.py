@@ -67,6 +67,15 @@ class DraftPolicy:
             return self.ladder[probe + (probe >= bucket.rung)]
         return self.ladder[bucket.rung]
 
+    def pick(self, batch: int, most: int) -> int:
+        """`choose`, with no more drafts than any row wants to verify.
+
+        Rows that want fewer see to that themselves; a step of a number that no rung has does not
+        exist.
+        """
+        enough = next(rung for rung in self.ladder if rung >= min(most, self.ladder[-1]))
+        return min(self.choose(batch), enough)
+
     def observe(self, batch: int, drafts: int, seconds: float, accepted: int, offered: int) -> None:
         """Takes in a step.
 

@@ -26,8 +26,10 @@ from serve.engine_api import (
     Tokens,
 )
 from serve.errors import OverloadedError
+from serve.expert_balancer import Balance
 from serve.link import Link
 from serve.plan import Runner, StepPlan, StepResult, TokenEvent
+from serve.rank_scheduler import RankScheduler
 from serve.request import FinishReason, Request, Status
 from serve.scheduler import Scheduler
 from serve.transfer.transport import KVForm, Part, Ticket
@@ -77,6 +79,9 @@ class Observer:
     def loaded(self, engine: "Engine") -> None:
         """A new snapshot of the load is there."""
 
+    def balanced(self, balance: Balance) -> None:
+        """Experts have moved."""
+
 
 class Engine:
     """Implements `serve.engine_api.EngineHandle`.
@@ -97,7 +102,7 @@ class Engine:
         self,
         name: str,
         role: Role,
-        scheduler: Scheduler,
+        scheduler: Scheduler | RankScheduler,
         runner: EngineRunner,
         compat: KVForm,
         *,

@@ -40,6 +40,9 @@ class EngineMetrics:
         self._step = series("engine_step_seconds")
         self._host = series("engine_host_seconds")
         self._dummy = series("dummy_steps")
+        self._imbalance = {when: series("eplb_imbalance", when) for when in ("before", "after")}
+        self._rebalances = series("eplb_rebalances")
+        self._moves = series("eplb_moved_experts")
         self._compiled = series("compile_count_after_warmup")
         self._startup = series("startup_time_seconds")
         self._transfer = series("kv_transfer_latency_seconds")
@@ -68,12 +71,14 @@ class EngineMetrics:
         if mean_output_length is not None:
             self._output_length.set(mean_output_length)
 
-    def step(self, *, seconds: float, host_seconds: float, dummy: bool = False) -> None:
-        """One step: from launch to result, and what the host took since the launch before."""
+    def step(self, *, seconds: float, host_seconds: float, dummy: int = 0) -> None:
+        """One step: from launch to result, what the host took since the launch before, and how many
+        ranks had nothing to do in it.
+        """
         self._step.observe(seconds)
         self._host.observe(host_seconds)
         if dummy:
-            self._dummy.inc()
+            self._dummy.inc(dummy)
 
     def prefix(self, *, queries: int, hits: int) -> None:
         """Prompt tokens looked up in the prefix cache, and found."""
@@ -109,6 +114,13 @@ class EngineMetrics:
                     self._series("draft_acceptance", method, str(position)),
                 )
             place.add(sum(rows[position + 1 :]), sum(kept[position + 1 :]))
+
+    def balanced(self, *, before: float, after: float, moves: int) -> None:
+        """Experts have moved; the loads are fullest over mean device, of the same rows."""
+        self._imbalance["before"].set(before)
+        self._imbalance["after"].set(after)
+        self._rebalances.inc()
+        self._moves.inc(moves)
 
     def compiled(self, count: int = 1) -> None:
         """Compilations after the warm-up."""

@@ -21,7 +21,10 @@ are exposed with the suffix `_total`.
 | draft_acceptance | gauge | engine, method, position | accepted / tested, since the start |
 | engine_step_seconds | histogram | engine | from launch to result |
 | engine_host_seconds | histogram | engine | of the host between two launches |
-| dummy_steps | counter | engine | steps without a request, to keep in step with others |
+| dummy_steps | counter | engine | of ranks without a request, to keep in step with others |
+| eplb_imbalance | gauge | engine, when | rows of experts, fullest over mean device |
+| eplb_rebalances | counter | engine | times that experts were dealt out anew |
+| eplb_moved_experts | counter | engine | slots that got another expert |
 | compile_count_after_warmup | counter | engine | compilations that made a request wait |
 | startup_time_seconds | gauge | engine | until it was warmed up |
 | kv_transfer_latency_seconds | histogram | engine | of one request's cache on the wire |
@@ -87,7 +90,15 @@ FAMILIES: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ),
     ("engine_step_seconds", "histogram", _ENGINE, "from launch to result"),
     ("engine_host_seconds", "histogram", _ENGINE, "of the host between two launches"),
-    ("dummy_steps", "counter", _ENGINE, "steps without a request, to keep in step with others"),
+    ("dummy_steps", "counter", _ENGINE, "of ranks without a request, to keep in step with others"),
+    (
+        "eplb_imbalance",
+        "gauge",
+        (*_ENGINE, "when"),
+        "rows of experts, fullest over mean device",
+    ),
+    ("eplb_rebalances", "counter", _ENGINE, "times that experts were dealt out anew"),
+    ("eplb_moved_experts", "counter", _ENGINE, "slots that got another expert"),
     ("compile_count_after_warmup", "counter", _ENGINE, "compilations that made a request wait"),
     ("startup_time_seconds", "gauge", _ENGINE, "until it was warmed up"),
     ("kv_transfer_latency_seconds", "histogram", _ENGINE, "of one request's cache on the wire"),

@@ -9,7 +9,9 @@ from dskjax.decode.rules import RuleOptions
 from serve.attempts import TransferEnd
 from serve.engine import Engine, Observer
 from serve.engine_metrics import EngineMetrics, TransferMode
+from serve.expert_balancer import Balance
 from serve.plan import StepPlan, StepResult
+from serve.rank_scheduler import RanksPlan
 from serve.request import Request
 from serve.transfer.transport import Mode, Ticket, Timeline
 
@@ -41,7 +43,8 @@ class EngineObserver(Observer):
 
     def stepped(self, plan: StepPlan, result: StepResult, host: float, step: float) -> None:
         """See `serve.engine.Observer`."""
-        self._metrics.step(seconds=step, host_seconds=host)
+        idle = plan.idle if isinstance(plan, RanksPlan) else 0
+        self._metrics.step(seconds=step, host_seconds=host, dummy=idle)
         if not plan.drafts or not len(result.offered):
             return
         if plan.requests is not self._requests:  # the scheduler shares the list between plans
@@ -69,6 +72,10 @@ class EngineObserver(Observer):
             self._metrics.preempted(preempted)
         if self._compiled is not None and (new := self._new("compiled", self._compiled())):
             self._metrics.compiled(new)
+
+    def balanced(self, balance: Balance) -> None:
+        """See `serve.engine.Observer`."""
+        self._metrics.balanced(before=balance.before, after=balance.after, moves=balance.moves)
 
     def _count_drafts(self) -> None:
         """The drafts of the steps since the last snapshot, at once: a step has no time for it."""

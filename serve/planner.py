@@ -164,10 +164,6 @@ class Planner:
         return min(config.pages(end), int(self._table.held[slot]))
 
     def _drafts(self, batch: int, most: int) -> int:
-        drafting, drafts = self._drafting, self._config.drafts
-        if not batch or drafting is None:
-            return min(drafts, most)
-        # Rows that want fewer see to that themselves; a step of a number that no rung has does not
-        # exist.
-        enough = next(rung for rung in drafting.ladder if rung >= min(most, drafting.ladder[-1]))
-        return min(drafting.choose(batch), enough)
+        if not batch or self._drafting is None:
+            return min(self._config.drafts, most)
+        return self._drafting.pick(batch, most)

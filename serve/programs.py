@@ -19,6 +19,7 @@ import numpy as np
 
 from dskjax.config import ModelConfig
 from dskjax.decode.logits import Logprobs
+from dskjax.decode.ranks import Ranks
 from dskjax.decode.rows import DecodeRows, PrefillRows, StepOutput
 from dskjax.decode.rules import RuleOptions
 from dskjax.decode.slots import Slots, admit, set_said
@@ -27,7 +28,7 @@ from dskjax.params import Params
 from serve.buckets import Bucket, Buckets, Variant
 from serve.plan import Chunk, StepPlan
 from serve.request import Request, StopOptions
-from serve.rows import admission, decode_rows, option_row, prefill_rows
+from serve.rows import admission, all_ranks, decode_rows, option_row, prefill_rows
 
 Progress = Callable[[int, int, str], object]
 """Called with (programs done, programs in all, what was done)."""
@@ -66,7 +67,7 @@ def packed_step(
     if output is not None:
         return state, _pack(output, scores)
     assert prefill is not None
-    return state, jnp.sum(prefill.query_lens) if scores is None else scores
+    return state, jnp.sum(prefill.query_lens, keepdims=True) if scores is None else scores
 
 
 def _pack(out: StepOutput, scores: Logprobs | None) -> Packed:
@@ -85,6 +86,8 @@ class Programs:
         params: weights, on the engine's devices.
         state: slots on the engine's devices, or their shapes with shardings.
         default_rule: the rule of variants that have only one.
+        ranks: whose slots and rows lie one after another; None where one set of slots is decoded,
+            on one device or wherever the weights lie.
     """
 
     def __init__(
@@ -95,7 +98,9 @@ class Programs:
         params: Params,
         state: Slots,
         default_rule: str,
+        ranks: Ranks | None = None,
     ):
+        self._ranks = ranks
         self.cfg, self.config, self.buckets = cfg, config, buckets
         self.default_rule = default_rule
         self._params = jax.tree.map(_abstract, params)
@@ -135,7 +140,10 @@ class Programs:
             config = dataclasses.replace(
                 config, rules=(self.default_rule,), truncate=truncate, extras=False
             )
-        run = functools.partial(packed_step, cfg=self.cfg, config=config)
+        if self._ranks is None:
+            run = functools.partial(packed_step, cfg=self.cfg, config=config)
+        else:
+            run = self._ranks.over(packed_step, self.cfg, config)
         return jax.jit(run, donate_argnums=1, out_shardings=(self._out, None)).lower(
             self._params, self._state, *self.example(bucket)
         )
@@ -160,7 +168,8 @@ class Programs:
 
     def example(self, bucket: Bucket) -> tuple[DecodeRows | None, PrefillRows | None]:
         """Inputs of a bucket that touch nothing: padding alone."""
-        slots, columns = self._state.count, bucket.columns
+        ranks = 1 if self._ranks is None else self._ranks.count
+        slots, columns = self._state.count // ranks, bucket.columns
         table = np.full((slots, columns), -1, np.int32)
         decode = prefill = None
         if bucket.batch:
@@ -170,19 +179,21 @@ class Programs:
         if bucket.chunks:
             shape, depths = (bucket.chunks, bucket.length), self.config.spec.depths
             prefill = prefill_rows([], table, shape, columns, depths, bucket.scored)
-        return decode, prefill
+        if self._ranks is None:
+            return decode, prefill
+        return all_ranks([decode] * ranks), all_ranks([prefill] * ranks)
 
     def _keep(self, bucket: Bucket, compiled: Any) -> None:
         self._steps[bucket] = compiled
 
     def _lower_admit(self) -> Any:
         request = Request("warm-up", [0], stop=StopOptions(max_tokens=1))
-        request.slot = self._state.count
         rule = RuleOptions.parse(self.default_rule)
         options = option_row(request, accept=rule, drafts=0, eos_ids=())
         new = admission(
             [request],
             [options],
+            [self._state.count],
             total_slots=self._state.count,
             tail=self.config.spec.tail,
             think=self.config.think,

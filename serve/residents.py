@@ -40,10 +40,12 @@ class Residents:
         mean_output: tokens of an answer, running mean over those that ended; 0 before the first.
     """
 
-    def __init__(self, config: SchedulerConfig, blocks: BlockManager):
+    def __init__(
+        self, config: SchedulerConfig, blocks: BlockManager, page_table: np.ndarray | None = None
+    ):
         self._config = config
         self._blocks = blocks
-        self.table = SlotTable(config, blocks)
+        self.table = SlotTable(config, blocks, page_table)
         self.queue = WaitingQueue(config)
         self.entries: dict[str, Entry] = {}
         self.prefilling: dict[int, Entry] = {}

@@ -2,6 +2,7 @@
 until the arrays are handed over.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,6 +65,23 @@ def prefill_rows(
         "targets": ids[:, 1 : length + 1] if scored else None,
     }
     return PrefillRows(**fields)
+
+
+def all_ranks(parts: Sequence[Any]) -> Any:
+    """Rows of all ranks, one after another.
+
+    Args:
+        parts: `DecodeRows` or `PrefillRows` of each rank, of one shape; None for all of them gives
+            None.
+    """
+    first = parts[0]
+    if first is None:
+        return None
+    fields = {field.name: getattr(first, field.name) for field in dataclasses.fields(first)}
+    for name, value in fields.items():
+        if name != "draft_scale" and value is not None:  # one draft_scale serves all ranks
+            fields[name] = np.concatenate([getattr(part, name) for part in parts])
+    return type(first)(**fields)
 
 
 def option_row(
@@ -133,12 +151,22 @@ def row_options(rows: Sequence[dict[str, dict[str, Any]]], size: int) -> RowOpti
 def admission(
     requests: Sequence[Request],
     options: Sequence[dict[str, dict[str, Any]]],
+    places: Sequence[int],
     *,
     total_slots: int,
     tail: int,
     think: ThinkIds,
 ) -> Admission:
-    """The slots' state of up to `ADMIT_ROWS` requests that begin, or resume, to decode."""
+    """The slots' state of up to `ADMIT_ROWS` requests that begin, or resume, to decode.
+
+    Args:
+        requests: the requests.
+        options: an `option_row` of each.
+        places: slot of each among those of all ranks; its own slot where there is one rank.
+        total_slots: of all ranks.
+        tail: last tokens that a slot keeps.
+        think: ids of the thinking tags.
+    """
     size = len(requests)
     assert 0 < size <= ADMIT_ROWS, size
     slots = np.full(ADMIT_ROWS, total_slots, np.int32)
@@ -147,7 +175,7 @@ def admission(
     phases = np.zeros(ADMIT_ROWS, bool)
     for row, request in enumerate(requests):
         tokens = request.tokens
-        slots[row], length[row], last[row] = request.slot, len(tokens) - 1, tokens[-1]
+        slots[row], length[row], last[row] = places[row], len(tokens) - 1, tokens[-1]
         remaining[row] = request.remaining
         newest = tokens[-tail:] if tail else []
         tails[row, tail - len(newest) :] = newest

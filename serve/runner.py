@@ -6,13 +6,14 @@ device in order and no result is waited for before the next launch.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
 
 from dskjax.config import ModelConfig
 from dskjax.decode.logits import Logprobs
+from dskjax.decode.ranks import Ranks
 from dskjax.decode.rules import RuleOptions
 from dskjax.decode.slots import Slots
 from dskjax.decode.step import DecodeConfig
@@ -42,7 +43,7 @@ class Pending:
     """A launched step.
 
     Attributes:
-        rows: decoding rows.
+        rows: where the decoding rows are in the output.
         drafts: drafts it verifies.
         output: packed output, None without decoding rows.
         receipts: ready when the prompt rows are.
@@ -52,7 +53,7 @@ class Pending:
         scored: chunks of scored requests, each with its launch's output and its row there.
     """
 
-    rows: int
+    rows: slice | np.ndarray
     drafts: int
     output: Packed | None
     receipts: list[jax.Array | Logprobs]
@@ -73,6 +74,7 @@ class Runner:
         state: empty slots on the engine's devices; taken over.
         accept: rule of requests that name none.
         eos_ids: ids that end a request unless it ignores them.
+        ranks: see `serve.programs.Programs`.
 
     Attributes:
         layerwise: runs chunks layer group by layer group, or None.
@@ -89,11 +91,12 @@ class Runner:
         *,
         accept: RuleOptions,
         eos_ids: tuple[int, ...],
+        ranks: Ranks | None = None,
     ):
         self.cfg, self.config, self.buckets = cfg, config, buckets
         self.params, self.state = params, state
         self.accept, self.eos_ids = accept, eos_ids
-        self.programs = Programs(cfg, config, buckets, params, state, accept.name)
+        self.programs = Programs(cfg, config, buckets, params, state, accept.name, ranks)
         self.layerwise: LayerwisePrefill | None = None
         self.senders: dict[str, Sender] = {}
         self.tuner = DraftTemperature(config.spec.drafts) if config.spec.sampled else None
@@ -148,8 +151,7 @@ class Runner:
 
     def launch(self, plan: StepPlan, page_table: np.ndarray) -> Pending:
         """See `serve.plan.Runner.launch`."""
-        for first in range(0, len(plan.admit), ADMIT_ROWS):
-            self._admit(plan.admit[first : first + ADMIT_ROWS])
+        self._admit(plan.admit, [request.slot for request in plan.admit])
         output, receipts, scored, drawn = None, [], [], self._drawn
         whole = [chunk for chunk in plan.chunks if chunk.request.id not in self.senders]
         for chunk in plan.chunks:
@@ -179,12 +181,20 @@ class Runner:
                 receipts.append(out)
             if bucket.scored:
                 found = out.prompt_logprobs if decodes else out
-                for part in found:
-                    part.copy_to_host_async()
-                rows = [(whole[i], found, row) for row, i in enumerate(chunks)]
-                scored += [entry for entry in rows if entry[0].request.scored]
+                scored += start_scores(found, enumerate(whole[i] for i in chunks))
+        return self._pending(plan, slice(len(plan.requests)), output, receipts, drawn, scored)
+
+    def _pending(
+        self,
+        plan: StepPlan,
+        rows: slice | np.ndarray,
+        output: Packed | None,
+        receipts: list[jax.Array | Logprobs],
+        drawn: np.ndarray,
+        scored: list[tuple[Chunk, Logprobs, int]],
+    ) -> Pending:
         return Pending(
-            rows=len(plan.requests),
+            rows=rows,
             drafts=plan.drafts,
             output=output,
             receipts=receipts,
@@ -196,19 +206,19 @@ class Runner:
 
     def fetch(self, pending: Pending) -> StepResult:
         """See `serve.plan.Runner.fetch`."""
-        n, m = pending.rows, pending.drafts
+        at, m = pending.rows, pending.drafts
         if pending.output is None:
             jax.block_until_ready(pending.receipts)
             none, nobody = np.zeros(0, np.int32), np.zeros((0, m + 1), np.int32)
             ends = none.astype(bool)
             return StepResult(nobody, none, none, none, ends, None, _scores(pending))
-        rows = np.asarray(pending.output.rows)[:n]
+        rows = np.asarray(pending.output.rows)[at]
         count, accepted, offered, finished = rows[:, m + 1 :].T
         logprobs = None
         if pending.logprobs and pending.output.logprobs is not None:
-            logprobs = StepLogprobs(*(np.asarray(x)[:n] for x in pending.output.logprobs))
+            logprobs = StepLogprobs(*(np.asarray(x)[at] for x in pending.output.logprobs))
         if pending.hybrid.any() and m and self.tuner is not None:
-            self._tune(pending, np.asarray(pending.output.overlap)[:n], accepted, offered)
+            self._tune(pending, np.asarray(pending.output.overlap)[at], accepted, offered)
         tokens, ends = rows[:, : m + 1], finished != 0
         return StepResult(tokens, count, accepted, offered, ends, logprobs, _scores(pending))
 
@@ -228,7 +238,13 @@ class Runner:
         )
         return receipt
 
-    def _admit(self, requests: list[Request]) -> None:
+    def _admit(self, requests: list[Request], places: list[int]) -> None:
+        """Writes the slots of requests; `places` are theirs among the slots of all ranks."""
+        for first in range(0, len(requests), ADMIT_ROWS):
+            some = slice(first, first + ADMIT_ROWS)
+            self._admit_some(requests[some], places[some])
+
+    def _admit_some(self, requests: list[Request], places: list[int]) -> None:
         options = [
             option_row(
                 request, accept=self.accept, drafts=self.config.spec.drafts, eos_ids=self.eos_ids
@@ -238,13 +254,13 @@ class Runner:
         new = admission(
             requests,
             options,
+            places,
             total_slots=self._slots,
             tail=self.config.spec.tail,
             think=self.config.think,
         )
         self.state = self.programs.admit(self.state, new)
-        for request in requests:
-            slot = request.slot
+        for request, slot in zip(requests, places, strict=True):
             rule = request.accept if isinstance(request.accept, RuleOptions) else self.accept
             self._hybrid[slot] = rule.name == "hybrid"
             self._variant[slot] = needs(request, rule == self.accept)
@@ -268,6 +284,15 @@ class Runner:
         means[:m] = np.where(seen > 0, (overlap * tested).sum(axis=0) / np.maximum(seen, 1), np.nan)
         self.tuner.update(means, pending.scale)
         self._scale = self.tuner.scale
+
+
+def start_scores(
+    found: Logprobs, chunks: Iterable[tuple[int, Chunk]]
+) -> list[tuple[Chunk, Logprobs, int]]:
+    """The scored ones of a launch's chunks, each with its row there; they start for the host."""
+    for part in found:
+        part.copy_to_host_async()
+    return [(chunk, found, row) for row, chunk in chunks if chunk.request.scored]
 
 
 def _scores(pending: Pending) -> list[tuple[Chunk, StepLogprobs]]:

@@ -41,6 +41,7 @@ class Scheduler:
         blocks: the pool.
         eos_ids: ids that end a request unless it ignores them.
         drafting: picks the drafts of a step; None is always `config.drafts`.
+        page_table: see `serve.slots.SlotTable`.
 
     Raises:
         ValueError: `blocks` and `config` disagree.
@@ -53,6 +54,7 @@ class Scheduler:
         *,
         eos_ids: tuple[int, ...] = (),
         drafting: DraftPolicy | None = None,
+        page_table: np.ndarray | None = None,
     ):
         for name in ("num_pages", "page_size", "lookahead", "tail"):
             ours, theirs = getattr(config, name), getattr(blocks, name)
@@ -62,7 +64,7 @@ class Scheduler:
             raise ValueError(f"{drafting.ladder=} goes beyond {config.drafts=}")
         self.config = config
         self.blocks = blocks
-        self._residents = Residents(config, blocks)
+        self._residents = Residents(config, blocks, page_table)
         self._drafting = drafting
         self._planner = Planner(config, self._residents, drafting)
         self._results = Results(config, self._residents, eos_ids)

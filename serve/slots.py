@@ -19,6 +19,11 @@ _NEVER = np.iinfo(np.int64).max
 class SlotTable:
     """State of every slot.
 
+    Args:
+        config: sizes.
+        blocks: the pool.
+        page_table: int32 [slots, columns] to use, a part of somebody's larger one; None makes one.
+
     Attributes:
         page_table: int32 [slots, columns]; -1 where a slot has no page.
         length: int64 [slots], tokens in the cache as of the last applied step; the prompt's, less
@@ -35,13 +40,18 @@ class SlotTable:
         entries, pages: by slot; None and [] for an empty one.
     """
 
-    def __init__(self, config: SchedulerConfig, blocks: BlockManager):
+    def __init__(
+        self, config: SchedulerConfig, blocks: BlockManager, page_table: np.ndarray | None = None
+    ):
         slots = config.num_slots
         self._config = config
         self._blocks = blocks
         self._delay = max(config.lookahead - 1, 0)
         self._free = list(range(slots))
-        self.page_table = np.full((slots, config.max_columns), -1, np.int32)
+        if page_table is None:
+            page_table = np.empty((slots, config.max_columns), np.int32)
+        page_table[:] = -1
+        self.page_table = page_table
         # What every step changes is one array, so that a step changes it with one indexing.
         self._counters = np.zeros((slots, 8), np.int64)
         self.length, self.left, self.drafted, self.accepted = self._counters.T[:4]

@@ -34,6 +34,12 @@ def serve(
     decode_tp: Annotated[int, typer.Option(help="Ways each other engine splits widths.")] = 1,
     prefill_ep: Annotated[int, typer.Option(help="Ways each prefill engine splits experts.")] = 1,
     decode_ep: Annotated[int, typer.Option(help="Ways each other engine splits experts.")] = 1,
+    mesh: Annotated[
+        str,
+        typer.Option(
+            help="Like dp=2,ep=4: the ranks of each ifb engine have requests of their own."
+        ),
+    ] = "",
     router: Annotated[
         str, typer.Option(help="remaining-slots, round-robin, request-count or kv-size.")
     ] = "remaining-slots",
@@ -86,6 +92,12 @@ def serve(
         bool | None,
         typer.Option(help="Compile every layer on its own: faster steps. Default: on a GPU."),
     ] = None,
+    redundant_experts: Annotated[
+        int, typer.Option(help="Slots of each layer for copies of busy experts; needs --mesh.")
+    ] = 0,
+    rebalance_every: Annotated[
+        int, typer.Option(help="Steps after which copies are dealt out anew; 0 never.")
+    ] = 1000,
     prefill_policy: Annotated[
         Literal["short-first", "fcfs"], typer.Option(help="Which prompts go first.")
     ] = "short-first",
@@ -120,6 +132,7 @@ def serve(
 
     from dskjax.decode import RuleOptions
     from dskjax.decode.rules import RULE_NAMES
+    from dskjax.mesh import parse_mesh
     from serve.config import parse_roles
     from serve.http.config import HttpConfig
     from serve.start import ServerOptions, engine_config, serve_model
@@ -130,6 +143,7 @@ def serve(
         decode_tp=decode_tp,
         prefill_ep=prefill_ep,
         decode_ep=decode_ep,
+        mesh=parse_mesh(mesh),
     )
     needed = sum(role.devices for role in parsed)
     if needed > 1 and jax.config.jax_num_cpu_devices < needed:
@@ -161,7 +175,9 @@ def serve(
         mixed=not on_cpu if mixed is None else mixed,
         extras=extras,
         prompt_logprobs=prompt_logprobs,
-        unroll=not on_cpu if unroll is None else unroll,
+        unroll=not (on_cpu or redundant_experts) if unroll is None else unroll,
+        redundant_experts=redundant_experts,
+        rebalance_every=rebalance_every,
         memory_fraction=memory_fraction,
         max_waiting=max_waiting,
         prefill_policy=prefill_policy,

@@ -63,9 +63,7 @@ class Ranks:
         Args:
             rows: `Slots`, `DecodeRows` or `PrefillRows`; leading sizes are multiples of R.
         """
-        specs = jax.tree.broadcast(self._specs(type(rows)), rows)
-        where = jax.tree.map(lambda spec: NamedSharding(self.sharding.mesh, spec), specs)
-        return put(rows, where)
+        return put(rows, self._where(rows))
 
     def _specs(self, kind: Any) -> Any:
         """A prefix of PartitionSpecs for one of the step's arguments."""
@@ -78,21 +76,79 @@ class Ranks:
             specs["draft_scale"] = PartitionSpec()
         return kind(**specs)
 
+    def state(self, state: Slots) -> Any:
+        """NamedShardings of all ranks' slots.
+
+        Args:
+            state: the slots or their shapes; leading sizes are multiples of R.
+        """
+        return self._where(state)
+
+    def _where(self, rows: Any) -> Any:
+        specs = jax.tree.broadcast(self._specs(type(rows)), rows)
+        return jax.tree.map(lambda spec: NamedSharding(self.sharding.mesh, spec), specs)
+
+    def weights(self, params: Params, cfg: ModelConfig) -> Any:
+        """NamedShardings of the weights.
+
+        Args:
+            params: the weights or their shapes; their layers may be unstacked.
+            cfg: the model.
+        """
+        specs = param_specs(cfg)
+        out = {}
+        for name, group in params.items():
+            layers = len(group) if isinstance(group, tuple) else 0
+            stack = _stacked(group) if layers else group
+            out[name] = self.sharding.params({name: specs[name]}, {name: stack})[name]
+            if layers:
+                out[name] = (jax.tree.map(_of_layer, out[name]),) * layers
+        return out
+
     def _params(self, params: Params, cfg: ModelConfig) -> Any:
         """PartitionSpecs of the weights over `axes` alone; `tp` stays with XLA."""
 
         def mine(where: NamedSharding) -> PartitionSpec:
             return PartitionSpec(*(part if part in self.axes else None for part in where.spec))
 
-        return jax.tree.map(mine, self.sharding.params(param_specs(cfg), params))
+        return jax.tree.map(mine, self.weights(params, cfg))
 
     def program(self, cfg: ModelConfig, config: DecodeConfig) -> Callable:
         """The jitted step of all ranks; like `dskjax.decode.step.step`, the state is donated."""
         return _program(self, cfg, config)
 
+    def over(self, run: Callable, cfg: ModelConfig, config: DecodeConfig) -> Callable:
+        """The function of all ranks' arrays, to be jitted, that does what `run` does on each.
+
+        Args:
+            run: like `dskjax.decode.step.step`; its output's leaves have a leading size of their
+                own, which all ranks together have R times.
+            cfg: the model.
+            config: static choices; the exchange follows from the mesh.
+
+        Raises:
+            ValueError: ranks cannot share the experts equally.
+        """
+        return _over(self, run, cfg, config)
+
+
+def _stacked(layers: tuple[Params, ...]) -> Params:
+    """Shapes of a stack of layers."""
+    count = len(layers)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), layers[0])
+
+
+def _of_layer(where: NamedSharding) -> NamedSharding:
+    """Where a layer of a stack lies."""
+    return NamedSharding(where.mesh, PartitionSpec(*where.spec[1:]))
+
 
 @functools.cache
 def _program(ranks: Ranks, cfg: ModelConfig, config: DecodeConfig) -> Callable:
+    return jax.jit(_over(ranks, step, cfg, config), donate_argnums=1)
+
+
+def _over(ranks: Ranks, one: Callable, cfg: ModelConfig, config: DecodeConfig) -> Callable:
     if cfg.moe is not None:
         exchange = Exchange.within(ranks.sharding, cfg.moe.num_slots)
         config = dataclasses.replace(config, exchange=exchange)
@@ -106,7 +162,7 @@ def _program(ranks: Ranks, cfg: ModelConfig, config: DecodeConfig) -> Callable:
 
         def on_rank(params: Params, arrays: list[jax.Array], *rows: Any) -> Any:
             mine = _Shape.of(state).scaled(1, ranks.count).fill(arrays)
-            after, output = step(params, mine, *rows, cfg=cfg, config=config)
+            after, output = one(params, mine, *rows, cfg=cfg, config=config)
             made[:] = [_Shape.of(output)]
             return _arrays(after), _arrays(output)
 
@@ -125,7 +181,7 @@ def _program(ranks: Ranks, cfg: ModelConfig, config: DecodeConfig) -> Callable:
         )(params, _arrays(state), decode, prefill)
         return _Shape.of(state).fill(arrays), made[0].scaled(ranks.count).fill(output)
 
-    return jax.jit(run, donate_argnums=1)
+    return run
 
 
 def _arrays(tree: Any) -> list[jax.Array]:

@@ -37,7 +37,8 @@ def used() -> Metrics:
     engine.state(running=3, waiting=2, kv_usage=0.25, remaining_slots=5, mean_output_length=99.5)
     engine.state(running=4, waiting=1, kv_usage=0.5)
     engine.step(seconds=0.01, host_seconds=0.002)
-    engine.step(seconds=0.02, host_seconds=0.001, dummy=True)
+    engine.step(seconds=0.02, host_seconds=0.001, dummy=3)
+    engine.balanced(before=1.75, after=1.25, moves=5)
     engine.prefix(queries=100, hits=64)
     engine.preempted(2)
     engine.drafts("block", offered=np.array([2, 2, 0, 1]), accepted=np.array([2, 1, 0, 0]))
@@ -108,7 +109,9 @@ def test_engine_values():
         "spec_decode_num_accepted_tokens_total": 5,
         "engine_step_seconds_sum": 0.03,
         "engine_host_seconds_count": 2,
-        "dummy_steps_total": 1,
+        "dummy_steps_total": 3,
+        "eplb_rebalances_total": 1,
+        "eplb_moved_experts_total": 5,
         "compile_count_after_warmup_total": 1,
         "startup_time_seconds": 12.5,
         "kv_transfer_latency_seconds_sum": 3.0,
@@ -117,6 +120,8 @@ def test_engine_values():
         "transfer_overlap_ratio": 0.5,
     }.items():
         assert value(metrics, name, **ENGINE) == pytest.approx(expected), name
+    for when, expected in {"before": 1.75, "after": 1.25}.items():
+        assert value(metrics, "eplb_imbalance", **ENGINE, when=when) == expected
     for mode, expected in {"layerwise": 1, "whole": 1, "merged": 0}.items():
         assert value(metrics, "transfer_mode_total", **ENGINE, mode=mode) == expected
 

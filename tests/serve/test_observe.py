@@ -8,6 +8,7 @@ import pytest
 from dskjax.decode.rules import RuleOptions
 from serve.coordinator import Coordinator, Mailbox
 from serve.engine_api import Role
+from serve.expert_balancer import Balance
 from serve.lifecycle import Lifecycle
 from serve.metrics import Metrics
 from serve.observe import EngineObserver, TransferObserver
@@ -57,6 +58,20 @@ class Seen:
 
     def results(self):
         return [end.result for end in self.ends]
+
+
+def test_experts_that_moved_are_counted_and_the_last_imbalance_stays():
+    metrics = Metrics("tiny")
+    observer = EngineObserver(metrics.engine("d0", "decode"), RuleOptions(name="strict"))
+    observer.balanced(Balance(before=2.0, after=1.5, moves=3))
+    observer.balanced(Balance(before=1.5, after=1.25, moves=2))
+
+    def value(name, **labels):
+        labels = {"model_name": "tiny", "engine": "d0", "role": "decode", **labels}
+        return metrics.registry.get_sample_value("dskjax:" + name, labels)
+
+    assert value("eplb_rebalances_total") == 2 and value("eplb_moved_experts_total") == 5
+    assert [value("eplb_imbalance", when=when) for when in ("before", "after")] == [1.5, 1.25]
 
 
 # ------------------------------------------------------------------ transfers

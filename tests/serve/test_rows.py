@@ -135,7 +135,7 @@ def test_an_admission_begins_where_the_request_stands():
     first = placed("a", [1, 2, 3], 4, said=[9, 8], max_tokens=6)
     second = placed("b", [7], 0)
     rows = [options(first), options(second)]
-    new = admission([first, second], rows, total_slots=SLOTS, tail=3, think=ThinkIds())
+    new = admission([first, second], rows, [4, 0], total_slots=SLOTS, tail=3, think=ThinkIds())
     assert new.slots.tolist() == [4, 0, *[SLOTS] * (ADMIT_ROWS - 2)]
     assert new.length[:2].tolist() == [4, 0] and new.last_token[:2].tolist() == [8, 7]
     assert new.remaining[:2].tolist() == [4, 12]
@@ -143,10 +143,8 @@ def test_an_admission_begins_where_the_request_stands():
     assert not new.thinking.any()
     # A request that starts over still counts from its own prompt.
     assert new.options.logits.min_length[0] == 3
-    assert (
-        admission([second], rows[1:], total_slots=SLOTS, tail=0, think=ThinkIds()).token_tail.size
-        == 0
-    )
+    bare = admission([second], rows[1:], [0], total_slots=SLOTS, tail=0, think=ThinkIds())
+    assert bare.token_tail.size == 0
 
 
 @pytest.mark.parametrize(
