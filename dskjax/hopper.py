@@ -1,0 +1,53 @@
+"""Weights in the layout that kernels for Hopper read."""
+
+from typing import Any
+
+import jax
+
+from dskjax.params import Params, is_weight
+from pallas_kernels import QTensor
+from pallas_kernels.grouped_matmul import PackedInt4, pack
+
+
+def pack_experts(params: Params) -> Params:
+    """Rearranges routed experts in int4 for the kernels of Hopper; exact, and not undone.
+
+    Beside params and result it needs memory for a few copies of one matrix. Packed params run with
+    every implementation; they cannot be saved as a checkpoint.
+
+    Args:
+        params: params of a model, stacked or from `dskjax.params.unstack`.
+
+    Returns:
+        The same tree with `PackedInt4` for experts in int4; other leaves are not copied.
+
+    Raises:
+        ValueError: no experts in int4 with a scale per 128 inputs, or a matrix that does not divide
+            into tiles of 64 outputs x 128 inputs.
+    """
+    found = 0
+
+    def one(keys: tuple[Any, ...], weight: Any) -> Any:
+        nonlocal found
+        names = [str(key.key) for key in keys if isinstance(key, jax.tree_util.DictKey)]
+        if "experts" not in names or not isinstance(weight, QTensor) or weight.format != "int4":
+            return weight
+        found += 1
+        try:
+            return _packed(weight)
+        except ValueError as error:
+            raise ValueError(f"{'.'.join(names)}: {error}") from error
+
+    out = jax.tree_util.tree_map_with_path(one, params, is_leaf=is_weight)
+    if not found:
+        raise ValueError("params hold no routed experts in int4: quantise(params, 'w4afp8') first")
+    return out
+
+
+@jax.jit
+def _packed(weight: QTensor) -> PackedInt4:
+    """Matrix by matrix, weights being [..., N, K]."""
+    lead = weight.shape[:-2]
+    matrices = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(lead) :]), weight)
+    packed = jax.lax.map(pack, matrices)
+    return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), packed)

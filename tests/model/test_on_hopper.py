@@ -1,0 +1,117 @@
+"""Whole steps of a model at the widths of published ones: with the kernels that `auto` takes on
+Hopper they mean what they mean in plain JAX.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dskjax import model, paged, presets
+from dskjax.batch import RaggedBatch
+from dskjax.cache import init_cache
+from dskjax.config import MtpConfig
+from dskjax.hopper import pack_experts
+from dskjax.quantise import quantise
+from pallas_kernels.grouped_matmul import PackedInt4
+from pallas_kernels.testing import assert_close
+from tests.tolerances import HOPPER_STEP
+
+LENS = (130, 1, 700, 64)
+
+
+def narrow(name, **experts):
+    """Two layers of a published model with fewer experts and a small vocabulary."""
+    cfg = presets.preset(name)
+    return dataclasses.replace(
+        cfg,
+        vocab_size=512,
+        num_hidden_layers=2,
+        first_k_dense_replace=1,
+        mtp=MtpConfig(num_nextn_predict_layers=0),
+        moe=dataclasses.replace(cfg.moe, **experts),
+    )
+
+
+V2_LITE = narrow("deepseek-v2-lite")
+V3 = narrow("deepseek-v3", n_routed_experts=16, n_group=4, topk_group=2, num_experts_per_tok=4)
+
+
+@functools.cache
+def params_of(cfg, precision):
+    params = model.init(cfg, jax.random.key(0), dtype=jnp.bfloat16)
+    if precision == "bf16":
+        return params
+    params = jax.jit(functools.partial(quantise, precision=precision))(params)
+    return pack_experts(params) if precision == "w4afp8" else params
+
+
+def steps(cfg, params, impl, kv_dtype, queries=2):
+    """Logits of `queries` last tokens of each sequence, the others prefilled; the lowered step."""
+    width = -(-max(LENS) // 64)
+    rng = np.random.default_rng(0)
+    pages = rng.permutation(4 * width).astype(np.int32).reshape(4, width)
+    cache = init_cache(
+        cfg, num_pages=4 * width, page_size=64, dtype=jnp.bfloat16, kv_dtype=kv_dtype
+    )
+    tokens = rng.integers(0, cfg.vocab_size, (4, max(LENS)), np.int32)
+    run = jax.jit(functools.partial(paged.forward, cfg=cfg, impl=impl))
+    plain = jax.jit(functools.partial(paged.forward, cfg=cfg, impl="xla"))
+    before = [max(length - queries, 0) for length in LENS]
+    ids = np.concatenate([row[:n] for row, n in zip(tokens, before, strict=True)])
+    prompt = RaggedBatch(
+        *map(jnp.asarray, (ids, pages, np.int32(before), np.cumsum([0, *before], dtype=np.int32))),
+        form="expanded",
+    )
+    _, cache = plain(params, cache, prompt)
+    new = np.stack([row[n : n + queries] for row, n in zip(tokens, before, strict=True)])
+    lens = jnp.asarray([n + queries for n in before])
+    batch = RaggedBatch.uniform(jnp.asarray(new), jnp.asarray(pages), lens, "absorbed")
+    hidden, _ = run(params, cache, batch)
+    return model.head(params, hidden, cfg=cfg), run.lower(params, cache, batch).as_text()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
+@pytest.mark.parametrize(
+    ("cfg", "precision"),
+    [(V2_LITE, "bf16"), (V3, "fp8"), (V3, "w4afp8")],
+    ids=["v2-lite bf16", "v3 fp8", "v3 w4afp8"],
+)
+def test_kernels_of_hopper_give_the_step_of_plain_jax(cfg, precision, kv_dtype):
+    params = params_of(cfg, precision)
+    want, _ = steps(cfg, params, "xla", kv_dtype)
+    got, text = steps(cfg, params, "auto", kv_dtype)
+    calls = text.count("mosaic_gpu")
+    assert calls >= (1 if precision == "bf16" else 3), calls  # attention; two products of experts
+    assert_close(got, want, HOPPER_STEP[precision], "logits")
+
+
+def small(hidden_size, moe_intermediate_size):
+    moe = dataclasses.replace(
+        V3.moe, moe_intermediate_size=moe_intermediate_size, n_routed_experts=8
+    )
+    return dataclasses.replace(
+        presets.tiny_v3(), hidden_size=hidden_size, num_hidden_layers=2, moe=moe
+    )
+
+
+def test_packed_experts_are_the_same_experts():
+    cfg = small(256, 128)
+    params = quantise(model.init(cfg, jax.random.key(0), dtype=jnp.bfloat16), "w4afp8")
+    packed = pack_experts(params)
+    assert isinstance(packed["moe_layers"]["mlp"]["experts"]["gate_up_proj"], PackedInt4)
+    run = jax.jit(functools.partial(model.apply, cfg=cfg, impl="xla"))
+    tokens = jnp.arange(24, dtype=jnp.int32).reshape(2, 12)
+    np.testing.assert_array_equal(run(packed, tokens), run(params, tokens))
+
+
+def test_what_cannot_be_packed_is_named():
+    params = model.init(small(160, 96), jax.random.key(0), dtype=jnp.bfloat16)
+    with pytest.raises(ValueError, match="no routed experts in int4"):
+        pack_experts(params)
+    with pytest.raises(ValueError, match=r"experts\.\w+_proj: .*multiples of 64 outputs"):
+        pack_experts(quantise(params, "w4afp8"))
