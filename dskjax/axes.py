@@ -12,6 +12,7 @@ from pallas_kernels.quant import QTensor
 LOGICAL_AXES = {
     "batch": "sequences of a batch, or the flat token rows of a ragged one",
     "sequence": "tokens of a sequence",
+    "residual": "token rows of the residual stream between attention and MLPs, where norms work",
     "layers": "stacked layers",
     "vocab": "vocabulary entries (X)",
     "embed": "hidden size (D)",
@@ -23,6 +24,9 @@ LOGICAL_AXES = {
     "experts": "routed experts (E)",
 }
 """Every logical axis a weight or activation may name, with its meaning."""
+
+SMALL = 128
+"""Up to so many rows or columns a quantised weight's scales are not worth splitting."""
 
 
 def check_axes(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> None:
@@ -99,24 +103,61 @@ class Sharding:
         """Pins an activation's sharding inside jit."""
         return jax.lax.with_sharding_constraint(x, self.of(axes, x.shape))
 
-    def quantised(self, axes: tuple[str | None, ...], q: QTensor) -> QTensor:
+    def between(self, x: jax.Array) -> jax.Array:
+        """Pins rows [T, D] of the residual stream where they lie between attention and MLPs."""
+        split = "residual" if dict(self.rules.of).get("residual") else "batch"
+        return self.constrain(x, (split, None))
+
+    def inside(self, x: jax.Array) -> jax.Array:
+        """Pins normed rows [T, D] where attention and MLPs want them."""
+        return self.constrain(x, ("batch", None))
+
+    def quantised(self, axes: tuple[str | None, ...], q: QTensor, name: str) -> QTensor:
         """NamedShardings of a QTensor's values and scales, in a QTensor of the same structure.
 
-        Scales are split like the values where every part holds whole blocks, else they stay whole:
-        there are few of them.
+        A split is asked for where the rules give an axis to several devices and the values divide
+        among them. Scales are then split like the values, so a dimension of whole blocks may be
+        split between its blocks only. Two kinds of dimension keep their few scales whole where
+        parts cut blocks: a small one, up to `SMALL` or one block, and one that is no multiple of
+        the block (DeepSeek-V2-Lite's 10944), which no degree would suit.
 
         Args:
             axes: logical axes of the weight [..., N, K].
             q: the weight; its shapes are enough.
+            name: of the weight, for errors.
+
+        Raises:
+            ValueError: a part would end inside a block.
         """
-        spec = self.rules.spec(axes)
+        values = self.of(axes, q.values.shape)
         blocks = (*(1 for _ in axes[:-2]), *q.block)
-        parts = [
-            part if size % (self._ways(part) * block) == 0 else None
-            for size, block, part in zip(q.shape, blocks, spec, strict=True)
-        ]
+        parts: list[str | tuple[str, ...] | None] = []
+        for axis, size, block, part in zip(axes, q.shape, blocks, values.spec, strict=True):
+            whole = size % (self._ways(part) * block) == 0
+            if not whole and size > max(block, SMALL) and size % block == 0:
+                raise ValueError(self._cut(name, q, axis, size, block, part))
+            parts.append(part if whole else None)
         scales = NamedSharding(self.mesh, PartitionSpec(*parts))
-        return dataclasses.replace(q, values=self.of(axes, q.values.shape), scales=scales)
+        return dataclasses.replace(q, values=values, scales=scales)
+
+    def _cut(
+        self,
+        name: str,
+        q: QTensor,
+        axis: str | None,
+        size: int,
+        block: int,
+        part: str | tuple[str, ...] | None,
+    ) -> str:
+        names = (part,) if isinstance(part, str) else part or ()
+        degree = " * ".join(f"{name}={self.mesh.shape[name]}" for name in names)
+        ways, count = self._ways(part), size // block
+        legal = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+        return (
+            f"{name}: {degree} would split the {axis!r} axis of this {q.format} weight, {size}, "
+            f"into parts of {size // ways}, inside its blocks of {block} that share a scale; "
+            f"choose a mesh that splits it in one of {legal}"
+        )
 
     def params(self, specs: Any, params: Any = None) -> Any:
         """Tree of shardings for a tree of `WeightSpec`.
@@ -125,20 +166,28 @@ class Sharding:
             specs: the weights as declared.
             params: the weights themselves or their shapes; needed when some are QTensors, whose
                 scales are split otherwise than their values.
+
+        Raises:
+            ValueError: see `quantised`.
         """
 
-        def one(spec: Any, value: Any) -> Any:
+        def one(keys: tuple[Any, ...], spec: Any, value: Any) -> Any:
             if isinstance(value, QTensor):
-                return self.quantised(spec.axes, value)
+                return self.quantised(spec.axes, value, _name(keys))
             return self.of(spec.axes, spec.shape)
 
         is_spec = lambda s: hasattr(s, "axes")  # noqa: E731
         if params is None:
-            return jax.tree.map(lambda s: one(s, None), specs, is_leaf=is_spec)
-        return jax.tree.map(one, specs, params, is_leaf=is_spec)
+            return jax.tree.map(lambda s: self.of(s.axes, s.shape), specs, is_leaf=is_spec)
+        return jax.tree_util.tree_map_with_path(one, specs, params, is_leaf=is_spec)
 
     def _ways(self, part: str | tuple[str, ...] | None) -> int:
         ways = 1
         for axis in (part,) if isinstance(part, str) else part or ():
             ways *= self.mesh.shape[axis]
         return ways
+
+
+def _name(keys: tuple[Any, ...]) -> str:
+    """Dotted name of a leaf; layers that are apart have their number in it."""
+    return ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in keys)

@@ -111,3 +111,9 @@ def fetch(tree: Any) -> Any:
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def meet(name: str) -> None:
+    """Waits until every process is here; all of them must call, with the same name."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)

@@ -32,6 +32,10 @@ _RULES = {
     "prefill": Rules.make(
         {"heads": ("ep", "tp"), "experts": "ep", "mlp": "tp", "vocab": ("ep", "tp")}
     ),
+    "prefill_rows": Rules.make(
+        {"heads": ("ep", "tp"), "experts": "ep", "mlp": "tp", "vocab": ("ep", "tp")}
+        | {"residual": ("ep", "tp")}
+    ),
 }
 
 
@@ -66,6 +70,9 @@ def preset(name: str, mesh: Mesh) -> Sharding:
     `train`: fsdp and tensor together, experts over ep. `decode`: every rank of dp and ep has
     sequences and a cache of its own, experts over ep, widths over tp. `prefill`: all ranks work on
     the same sequences, heads over ep and tp, experts over ep and each expert's width over tp.
+    `prefill_rows`: the same with the residual stream split by rows over ep and tp, so that its
+    norms work on a device's share: reduce-scatters and all-gathers in the place of all-reduces (on
+    CPUs, where XLA has no such pass, all-reduces whose result is cut).
 
     Raises:
         ValueError: unknown name; the message lists the known ones.

@@ -184,14 +184,11 @@ def trunk(
     attend = attention.over_sequences(tables, plan, cfg, impl)
     exchange, real = Exchange.of(sharding), segment_ids.reshape(-1) > 0
 
-    def pin(x: jax.Array) -> jax.Array:
-        return x if sharding is None else sharding.constrain(x, ("batch", None))
-
     def layer(
         x: jax.Array, weights: Params, experts: bool
     ) -> tuple[jax.Array, tuple[jax.Array | None, jax.Array | None]]:
         block = bind(Block, weights, cfg, experts=experts)
-        x, _, chosen = block(pin(x), attend, real, impl=impl, exchange=exchange)
+        x, _, chosen = block(x, attend, real, impl=impl, exchange=exchange, sharding=sharding)
         return x, (x if capture else None, chosen)
 
     embedded = embed(params, tokens)
@@ -202,7 +199,9 @@ def trunk(
             body = lambda x, w, e=experts: layer(x, w, e)  # noqa: E731
             x, (residuals, chosen) = jax.lax.scan(remat_of(body, remat), x, params[name])
             captured.append(residuals)
-    hidden = final_norm(params, pin(x), cfg=cfg).reshape(*shape, -1)
+    hidden = final_norm(params, x if sharding is None else sharding.between(x), cfg=cfg).reshape(
+        *shape, -1
+    )
     layers = jnp.concatenate(captured).reshape(-1, *shape, cfg.hidden_size) if capture else None
     experts = None if chosen is None else chosen.reshape(chosen.shape[0], *shape, -1)
     return TrunkOutput(hidden, experts, layers, embedded)

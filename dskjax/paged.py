@@ -217,6 +217,41 @@ def forward_mtp(
     Returns:
         h [T, D] after the module's norm (feed it to `head`, and to the next depth) and the cache.
     """
+    run = functools.partial(_run_module, cfg=cfg, module=module, impl=impl, exchange=exchange)
+    h, cache, _ = run(params, cache, batch, hidden)
+    return h, cache
+
+
+def forward_mtp_counted(
+    params: Params,
+    cache: LatentCache,
+    batch: Batch,
+    hidden: Float[Array, "T D"],
+    *,
+    cfg: ModelConfig,
+    module: Int[Array, ""] | int,
+    impl: str = "auto",
+    exchange: Exchange | None = None,
+) -> tuple[Float[Array, "T D"], LatentCache, Int[Array, " E"]]:
+    """`forward_mtp`, and how many real rows chose each expert of the module, int32 [E]."""
+    assert cfg.moe is not None
+    run = functools.partial(_run_module, cfg=cfg, module=module, impl=impl, exchange=exchange)
+    h, cache, chosen = run(params, cache, batch, hidden)
+    return h, cache, _count(chosen, cfg.moe.n_routed_experts)
+
+
+def _run_module(
+    params: Params,
+    cache: LatentCache,
+    batch: Batch,
+    hidden: jax.Array,
+    *,
+    cfg: ModelConfig,
+    module: jax.Array | int,
+    impl: str,
+    exchange: Exchange | None,
+) -> tuple[jax.Array, LatentCache, jax.Array]:
+    """Hidden states, cache, and the chosen experts int32 [T, K]."""
     step = _step(batch, cache, cfg)
     layer = cfg.num_hidden_layers + module
     attend = attention.over_cache(step.tables, cache, layer, step.parts, step.plans, cfg, impl)
@@ -224,8 +259,8 @@ def forward_mtp(
     weights = (
         stack[module] if isinstance(stack, tuple) else jax.tree.map(lambda w: w[module], stack)
     )
-    h, cache_out, _ = bind(MtpModule, weights, cfg)(
+    h, cache_out, chosen = bind(MtpModule, weights, cfg)(
         embed(params, step.token_ids), hidden, attend, step.real, impl=impl, exchange=exchange
     )
     assert isinstance(cache_out, LatentCache)
-    return h, cache_out
+    return h, cache_out, chosen

@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from dskjax.checkpoint import save_hf
 from dskjax.config import ModelConfig
+from dskjax.distributed import fetch, meet
 from dskjax.params import Params
 from dskjax.provenance import describe_devices, versions
 
@@ -32,6 +35,9 @@ def export(
 ) -> Path:
     """Writes the checkpoint folder, in place of an older one.
 
+    Of several processes all must call: each gathers the weights, whole, in its host's memory, the
+    first one writes, and all return when it has.
+
     Args:
         folder: where.
         params: weights in the dtype to ship.
@@ -39,11 +45,21 @@ def export(
         tokenizer: folder of the tokenizer.
         record: what `training.json` says; devices and versions are added.
     """
+    if jax.process_count() > 1:
+        params = fetch(params)
+    if jax.process_index() == 0:
+        _write(folder, params, cfg, Path(tokenizer), record)
+    meet(f"{folder} is written")
+    return folder
+
+
+def _write(
+    folder: Path, params: Params, cfg: ModelConfig, tokenizer: Path, record: Mapping[str, Any]
+) -> None:
     save_hf(folder, params, cfg, overwrite=True)
     for name in TOKENIZER_FILES:
-        if (file := Path(tokenizer) / name).is_file():
+        if (file := tokenizer / name).is_file():
             shutil.copyfile(file, folder / name)
     here = {"devices": describe_devices(), "versions": versions()}
     text = json.dumps({**record, **here}, indent=2, default=str)
     (folder / "training.json").write_text(text + "\n")
-    return folder

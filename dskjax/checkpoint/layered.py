@@ -32,23 +32,27 @@ class LayeredParams:
         self._whole: dict[str, Weight] = {}
         self._layers: dict[str, list[dict[str, Weight]]] = {}
 
-    def place(self, spec: WeightSpec, weight: Any) -> Any:
+    def place(self, name: str, spec: WeightSpec, weight: Any) -> Any:
         """Where a weight goes: a sharding, or a QTensor of two.
 
         Args:
+            name: its name, for errors.
             spec: its shape and axes.
             weight: itself; its shapes are enough.
+
+        Raises:
+            ValueError: it is quantised and a part would end inside a block.
         """
         if self._sharding is None:
             device = SingleDeviceSharding(jax.local_devices()[0])
             return jax.tree.map(lambda _: device, weight)
         if isinstance(weight, QTensor):
-            return self._sharding.quantised(spec.axes, weight)
+            return self._sharding.quantised(spec.axes, weight, name)
         return self._sharding.of(spec.axes, spec.shape)
 
-    def floats(self, spec: WeightSpec, weight: Weight, dtype: Any) -> jax.Array:
+    def floats(self, name: str, spec: WeightSpec, weight: Weight, dtype: Any) -> jax.Array:
         """A weight in another dtype, dequantised if need be."""
-        place = self.place(spec, jax.ShapeDtypeStruct(spec.shape, dtype))
+        place = self.place(name, spec, jax.ShapeDtypeStruct(spec.shape, dtype))
         return _caster(np.dtype(dtype), place)(weight)
 
     def add(self, part: Part, weights: dict[str, Weight]) -> None:
@@ -71,7 +75,7 @@ class LayeredParams:
         stacked = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((spec.shape[0], *x.shape), x.dtype), weight
         )
-        places = self.place(spec, stacked)
+        places = self.place(leaf, spec, stacked)
         if layer == 0:
             self._whole[leaf] = jax.tree.map(
                 lambda x, place: jnp.zeros(x.shape, x.dtype, device=place), stacked, places

@@ -85,8 +85,8 @@ def quantised(
 ) -> Leaf:
     """A leaf as a `QTensor`, bit for bit; see `floats`. All weights are of one kind.
 
-    Values are sharded like the leaf; scales along with them where parts end between two blocks,
-    else they stay whole.
+    Values and scales are sharded as `Sharding.quantised` says, which raises where a part would end
+    inside a block.
     """
     kind = weights[0].kind
     assert kind is not None
@@ -95,7 +95,8 @@ def quantised(
     whole: Any = [jax.ShapeDtypeStruct((*lead, *part.shape), part.dtype) for part in parts]
     places: Any = (None, None)
     if sharding is not None:
-        placed: Any = sharding.quantised(spec.axes, QTensor(whole[0], whole[1], kind[1], kind[0]))
+        leaf = QTensor(whole[0], whole[1], kind[1], kind[0])
+        placed: Any = sharding.quantised(spec.axes, leaf, weights[0].slot.leaf)
         places = (placed.values, placed.scales)
     buffers = tuple(
         Buffer(array.shape, array.dtype, place) for array, place in zip(whole, places, strict=True)

@@ -179,13 +179,16 @@ def load_params(
     ):
         for part in parts_of(cfg):
             shapes = reader.shapes(part)
-            places = {name: out.place(part.specs[name], shape) for name, shape in shapes.items()}
+            places = {
+                name: out.place(part.leaf(name), part.specs[name], shape)
+                for name, shape in shapes.items()
+            }
             weights = reader.read(part, places)
             for name, spec in part.specs.items():
                 is_codes = isinstance(weights[name], QTensor)
                 wanted = spec.dtype or dtype or (embedding if is_codes else None)
                 if wanted is not None and not (is_codes and quantised == "keep"):
-                    weights[name] = out.floats(spec, weights[name], wanted)
+                    weights[name] = out.floats(part.leaf(name), spec, weights[name], wanted)
             out.add(part, weights)
             report(index.parts[part.name].nbytes)
     return out.params(), cfg

@@ -14,7 +14,11 @@ from dskjax.eplb import Policy
 @app.command()
 def eplb(
     load: Annotated[
-        Path, typer.Option(help="Loads (tokens) of the experts, [layers, experts], .npy.")
+        Path,
+        typer.Option(
+            help="Loads (tokens) of the experts, [layers, experts], .npy; of the trunk's layers or "
+            "of MTP modules, as dskjax generate writes them."
+        ),
     ],
     replicas: Annotated[
         int,

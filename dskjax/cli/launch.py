@@ -11,7 +11,9 @@ from dskjax.cli.common import app
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 def launch(
     command: Annotated[list[str], typer.Argument(help="A dskjax command with its options.")],
-    processes: Annotated[int, typer.Option(help="Processes on this host.")] = 2,
+    processes: Annotated[
+        int, typer.Option("--processes", "-n", help="Processes on this host.")
+    ] = 2,
     coordinator: Annotated[
         str | None, typer.Option(help="HOST:PORT of process 0; needed with several hosts.")
     ] = None,

@@ -176,6 +176,9 @@ def generate(
     expert_loads: Annotated[
         Path | None, typer.Option(help="Write rows per expert [layers, experts], .npy, for eplb.")
     ] = None,
+    mtp_expert_loads: Annotated[
+        Path | None, typer.Option(help="The same of the MTP modules that draft.")
+    ] = None,
 ) -> None:
     """Continue a text, a chat or rows of ids; text streams to stdout, figures go to stderr."""
     import jax
@@ -190,11 +193,13 @@ def generate(
         raise ValueError("give exactly one of --prompt, --chat and --ids")
     if out_ids is not None and ids is None:
         raise ValueError("--out-ids needs --ids")
+    if mtp_expert_loads is not None and not speculate:
+        raise ValueError("--mtp-expert-loads needs --speculate: without drafts no module runs")
     model, where = find(model, revision), sharding_of(mesh, "decode")
     params, cfg = load(model, dtype, dequantise=dequantise, sharding=where)
     options: dict[str, Any] = {
         "sharding": where,
-        "count_experts": expert_loads is not None,
+        "count_experts": (expert_loads or mtp_expert_loads) is not None,
         "max_tokens": max_tokens,
         "drafts": speculate,
         "accept": chosen_rule(rule, temperature),
@@ -233,8 +238,12 @@ def generate(
             params, cfg, tokenizer, start, write, sampling=sampling(1), **options
         )
         print()
-    if result.expert_loads is not None and expert_loads is not None and jax.process_index() == 0:
-        save_atomically(expert_loads, result.expert_loads)
+    for file, loads in (
+        (expert_loads, result.expert_loads),
+        (mtp_expert_loads, result.mtp_expert_loads),
+    ):
+        if file is not None and loads is not None and jax.process_index() == 0:
+            save_atomically(file, loads)
     err.print(command.summary(result, speculate), soft_wrap=True, highlight=False)
 
 

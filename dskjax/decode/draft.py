@@ -31,7 +31,7 @@ from dskjax.config import ModelConfig, MtpScheme
 from dskjax.decode.sampling import SamplingParams, distribution, sample
 from dskjax.expert_parallel import Exchange
 from dskjax.model import head
-from dskjax.paged import forward_mtp
+from dskjax.paged import forward_mtp, forward_mtp_counted
 from dskjax.params import Params
 from pallas_kernels import LatentCache
 
@@ -126,6 +126,10 @@ def no_drafts(batch: int, cfg: ModelConfig, spec: DraftSpec) -> Drafts:
     )
 
 
+Pool = tuple[LatentCache, Int[Array, "M E"] | None]
+"""The cache, and how many rows chose each expert of each module."""
+
+
 def extend(
     params: Params,
     cache: LatentCache,
@@ -137,7 +141,8 @@ def extend(
     spec: DraftSpec,
     impl: str,
     exchange: Exchange | None = None,
-) -> LatentCache:
+    loads: Int[Array, "M E"] | None = None,
+) -> Pool:
     """Fills the modules' cache for prompt rows whose following tokens are known.
 
     Args:
@@ -151,12 +156,35 @@ def extend(
         spec: scheme and number of drafts.
         impl: implementation of every op.
         exchange: see `dskjax.paged.forward_mtp`.
+        loads: i32 [M, E], how many rows chose each expert of each module so far; None: nobody
+            counts.
+
+    Returns:
+        The cache and the loads, these rows counted.
     """
-    run = functools.partial(forward_mtp, params, cfg=cfg, impl=impl, exchange=exchange)
+    run, pool = _module_of(params, cfg=cfg, impl=impl, exchange=exchange), (cache, loads)
     for k in range(spec.depths):
         shifted = dataclasses.replace(batch, token_ids=following[:, k])
-        hidden, cache = run(cache, shifted, hidden, module=k)
-    return cache
+        hidden, pool = run(pool, shifted, hidden, module=k)
+    return pool
+
+
+def _module_of(params: Params, **how: Any) -> Callable[..., tuple[jax.Array, Pool]]:
+    """`forward_mtp` that counts each expert's rows, where somebody does."""
+
+    def run(
+        pool: Pool, batch: RaggedBatch, hidden: jax.Array, *, module: jax.Array | int
+    ) -> tuple[jax.Array, Pool]:
+        cache, loads = pool
+        if loads is None:
+            hidden, cache = forward_mtp(params, cache, batch, hidden, module=module, **how)
+            return hidden, (cache, None)
+        hidden, cache, load = forward_mtp_counted(
+            params, cache, batch, hidden, module=module, **how
+        )
+        return hidden, (cache, loads.at[module].add(load))
+
+    return run
 
 
 Depth = tuple[Array | int, Array]
@@ -176,7 +204,8 @@ def propose(
     truncate: bool | None = None,
     impl: str,
     exchange: Exchange | None = None,
-) -> tuple[Drafts, LatentCache]:
+    loads: Int[Array, "M E"] | None = None,
+) -> tuple[Drafts, Pool]:
     """Drafts the next m tokens of each sequence and brings the modules' cache up to date.
 
     Args:
@@ -193,15 +222,16 @@ def propose(
         truncate: see `dskjax.decode.sampling.distribution`.
         impl: implementation of every op.
         exchange: see `dskjax.paged.forward_mtp`.
+        loads: see `extend`; rows that are computed again count again.
 
     Returns:
-        The drafts (`no_drafts` for sequences without a single anchor) and the cache.
+        The drafts (`no_drafts` for sequences without a single anchor), and the cache and the loads.
     """
     batch, rows, width = window.hidden.shape
     nothing = no_drafts(batch, cfg, spec)
     if not spec.depths:
-        return nothing, cache
-    run = functools.partial(forward_mtp, params, cfg=cfg, impl=impl, exchange=exchange)
+        return nothing, (cache, loads)
+    run = _module_of(params, cfg=cfg, impl=impl, exchange=exchange)
     sequence = jnp.arange(batch)
     known = window.end - rows + window.last + 1  # N: position of the newest known token
 
@@ -215,7 +245,7 @@ def propose(
         probs = distribution(logits, draw(depth, entropy), truncate)
         return Drafts(sample(probs, u), probs), entropy
 
-    def module(carry: Any, k: jax.Array | int) -> tuple[jax.Array, LatentCache]:
+    def module(carry: Any, k: jax.Array | int) -> tuple[jax.Array, Pool]:
         hidden, tokens, _, pool = carry
         shifted = jax.lax.dynamic_slice_in_dim(tokens, k, rows, axis=1)
         part = RaggedBatch.uniform(shifted, page_table, window.end, "absorbed")
@@ -247,7 +277,8 @@ def propose(
     loop = functools.partial(_loop, u_draft.T, isinstance(params["mtp_layers"], tuple))
     split = min(spec.depths, spec.drafts)
     tokens = jnp.pad(window.tokens, ((0, 0), (0, spec.depths)))
-    carry = (window.hidden.reshape(-1, width), tokens, jnp.zeros(batch, jnp.float32), cache)
+    start = (cache, loads)
+    carry = (window.hidden.reshape(-1, width), tokens, jnp.zeros(batch, jnp.float32), start)
     picked = None
     if split:
         with jax.named_scope("mtp/depths"):
@@ -255,14 +286,14 @@ def propose(
     if split < spec.depths:
         with jax.named_scope("mtp/upkeep"):
             carry, _ = loop(upkeep, carry, range(split, spec.depths))
-    hidden, _, entropy, cache = carry
+    hidden, _, entropy, pool = carry
     if picked is None:
-        return nothing, cache
+        return nothing, pool
     if split < spec.drafts:
         newest = hidden.reshape(batch, rows, width)[sequence, window.last]
-        carry = (newest, picked.tokens[-1], entropy, cache)
+        carry = (newest, picked.tokens[-1], entropy, pool)
         with jax.named_scope("mtp/recycle"):
-            (*_, cache), more = loop(recycle, carry, range(split, spec.drafts))
+            (*_, pool), more = loop(recycle, carry, range(split, spec.drafts))
         picked = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), picked, more)
     drafts = jax.tree.map(lambda x: x.swapaxes(0, 1), picked)
     has_anchor = (window.end > 0) & (known > 0)
@@ -270,7 +301,7 @@ def propose(
     def keep(new: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(has_anchor.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
 
-    return jax.tree.map(keep, drafts, nothing), cache
+    return jax.tree.map(keep, drafts, nothing), pool
 
 
 def _loop(

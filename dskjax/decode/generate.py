@@ -44,6 +44,8 @@ class Generation:
         decode_seconds: wall time of the decode loop, compilation included.
         expert_loads: int64 [L, E], how many rows chose each expert of each MoE layer of the trunk,
             prompts and verified drafts included; None unless asked for.
+        mtp_expert_loads: int64 [M, E], the same of each MTP module, with the rows that it computes
+            again; None also without drafts.
     """
 
     tokens: list[list[int]]
@@ -53,6 +55,7 @@ class Generation:
     prefill_seconds: float
     decode_seconds: float
     expert_loads: np.ndarray | None = None
+    mtp_expert_loads: np.ndarray | None = None
 
     @property
     def stats(self) -> AcceptanceStats:
@@ -111,7 +114,7 @@ def generate(
         impl: implementation of every op.
         sharding: mesh and rules that split the batch (preset `decode`), with `params` placed by
             them: prompts are dealt out to the ranks. None: one device, or wherever `params` lie.
-        count_experts: report `expert_loads`, which `dskjax eplb` plans with.
+        count_experts: report `expert_loads` and `mtp_expert_loads`, which `dskjax eplb` plans with.
         on_tokens: called with (prompt index, new ids) as steps are read, for streaming.
 
     Raises:
@@ -169,6 +172,8 @@ def generate(
     result.decode_seconds = time.perf_counter() - begun
     if state.loads is not None:
         result.expert_loads = np.asarray(fetch(state.loads)).sum(axis=0, dtype=np.int64)
+    if state.mtp_loads is not None:
+        result.mtp_expert_loads = np.asarray(fetch(state.mtp_loads)).sum(axis=0, dtype=np.int64)
     return result
 
 

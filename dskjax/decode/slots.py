@@ -85,6 +85,7 @@ class Slots:
         said: token counts for penalties, or None.
         loads: i32 [1, L, E], how many rows chose each expert of each MoE layer since the start;
             None where nobody counts. With ranks: [R, L, E].
+        mtp_loads: i32 [1 or R, M, E], the same of each MTP module; None also without drafts.
     """
 
     cache: LatentCache
@@ -100,6 +101,7 @@ class Slots:
     options: RowOptions
     said: Said | None
     loads: Int[Array, "R L E"] | None = None
+    mtp_loads: Int[Array, "R M E"] | None = None
 
     @property
     def count(self) -> int:
@@ -132,6 +134,12 @@ def init_slots(
     if counters and cfg.moe is None:
         raise ValueError("the model has no routed experts whose rows could be counted")
     slots = options.draft_limit.shape[0]
+    loads = mtp_loads = None
+    if counters and cfg.moe is not None:
+        experts, modules = cfg.moe.n_routed_experts, cfg.mtp.num_nextn_predict_layers
+        loads = jnp.zeros((counters, cfg.num_moe_layers, experts), jnp.int32)
+        if spec.depths:
+            mtp_loads = jnp.zeros((counters, modules, experts), jnp.int32)
     said = None
     if options.logits is not None:
         shape = (slots, cfg.vocab_size)
@@ -151,9 +159,8 @@ def init_slots(
         thinking=jnp.zeros(slots, bool),
         options=options,
         said=said,
-        loads=jnp.zeros((counters, cfg.num_moe_layers, cfg.moe.n_routed_experts), jnp.int32)
-        if counters and cfg.moe is not None
-        else None,
+        loads=loads,
+        mtp_loads=mtp_loads,
     )
 
 

@@ -194,6 +194,11 @@ def scored_step(
     return state, output, scores
 
 
+def _with_mtp_loads(state: Slots, loads: jax.Array | None) -> Slots:
+    """The state with this rank's counts of the modules' experts, i32 [M, E]."""
+    return state if loads is None else dataclasses.replace(state, mtp_loads=loads[None])
+
+
 class _Rows(NamedTuple):
     """The decoding slots' state, gathered: [B] rows."""
 
@@ -234,9 +239,18 @@ def keep_prefilled(
         return state
     with jax.named_scope("mtp/prefill"):
         following = rows.following.reshape(-1, spec.depths)
-        cache = extend(
-            params, state.cache, part, following, hidden, cfg=cfg, spec=spec, **config.how
+        cache, loads = extend(
+            params,
+            state.cache,
+            part,
+            following,
+            hidden,
+            cfg=cfg,
+            spec=spec,
+            loads=None if state.mtp_loads is None else state.mtp_loads[0],
+            **config.how,
         )
+    state = _with_mtp_loads(state, loads)
     batch = rows.token_ids.shape[0]
     slots = jnp.minimum(rows.slots, state.count - 1)
     both = jnp.concatenate(
@@ -311,7 +325,7 @@ def _accept_and_draft(
     def draw(depth: jax.Array | int, entropy: jax.Array) -> typing.Any:
         return draft_sampling(options.rules, options.sampling, depth, entropy, decode.draft_scale)
 
-    drafts, cache = propose(
+    drafts, (cache, loads) = propose(
         params,
         state.cache,
         decode.page_table,
@@ -321,8 +335,10 @@ def _accept_and_draft(
         cfg=cfg,
         spec=spec,
         truncate=config.truncate,
+        loads=None if state.mtp_loads is None else state.mtp_loads[0],
         **config.how,
     )
+    state = _with_mtp_loads(state, loads)
     allowed = jnp.arange(m) < options.draft_limit[:, None]
     tail = count[:, None] + jnp.arange(spec.tail)
     put = _put_at(target)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from dskjax.axes import Sharding
+from dskjax.expert_parallel.chunks import MOE_CHUNK_TOKENS, in_chunks
 from dskjax.expert_parallel.dispatch import Payload, by_expert, combine, dispatch, weigh
 from dskjax.expert_parallel.layout import layout
 from pallas_kernels import expert_mlp
@@ -31,11 +32,14 @@ class Exchange:
         axis: mesh axis the experts are split over; "" with "local".
         rows: mesh axes the rows are split over.
         mesh: the mesh, when called on whole arrays; None inside a `shard_map` over `axis` and
-            `rows`, where arrays are already a rank's own.
+            `rows`, where arrays are already a rank's own, and where there are no such axes.
         payload: how rows travel.
         slack: room for this many times the pairs (row, expert) and rows that a balanced load
             brings. What does not fit is noticed on every rank, and the layer runs with room for
             everything; nothing is ever dropped. None: always room for everything.
+        moe_chunk_tokens: the most rows of a rank that dispatch, experts and combine handle at once;
+            more go in chunks, one after the other, so that the memory they need is bounded (see
+            `dskjax.expert_parallel.chunks.workspace_bytes`). None: all rows at once.
     """
 
     mode: Mode
@@ -44,10 +48,16 @@ class Exchange:
     mesh: Mesh | None = None
     payload: Payload = "native"
     slack: float | None = None
+    moe_chunk_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.moe_chunk_tokens is not None and self.moe_chunk_tokens < 1:
+            raise ValueError(f"{self.moe_chunk_tokens=} must be at least 1, or None for all rows")
 
     @classmethod
     def of(cls, sharding: Sharding | None) -> "Exchange | None":
-        """The exchange that the rules of a mesh ask for; None where nothing is split.
+        """The exchange that the rules of a mesh ask for; None where nothing is split. Where every
+        rank has all rows, which is how long prompts are prefilled, they go in chunks.
 
         Raises:
             ValueError: the rules split experts over several mesh axes.
@@ -61,9 +71,15 @@ class Exchange:
         axes = (batch,) if isinstance(batch, str) else batch
         rows = tuple(name for name in axes if mesh.shape[name] > 1)
         if axis is None or mesh.shape[axis] == 1:
-            return cls(mode="local", axis="", rows=rows, mesh=mesh) if rows else None
+            if rows:
+                return cls(mode="local", axis="", rows=rows, mesh=mesh)
+            if axes or mesh.size == 1:
+                return None
+            return cls(mode="local", axis="", rows=(), moe_chunk_tokens=MOE_CHUNK_TOKENS)
         if axis not in rows:
-            return cls(mode="sum", axis=axis, rows=rows, mesh=mesh)
+            return cls(
+                mode="sum", axis=axis, rows=rows, mesh=mesh, moe_chunk_tokens=MOE_CHUNK_TOKENS
+            )
         return cls(mode="throughput", axis=axis, rows=rows, mesh=mesh, slack=2.0)
 
     @classmethod
@@ -153,6 +169,19 @@ class Exchange:
         gate_up: Weight,
         down: Weight,
         *,
+        impl: str,
+    ) -> jax.Array:
+        run = functools.partial(self._at_once, gate_up=gate_up, down=down, impl=impl)
+        return in_chunks(run, (x, weights, experts), self.moe_chunk_tokens)
+
+    def _at_once(
+        self,
+        x: jax.Array,
+        weights: jax.Array,
+        experts: jax.Array,
+        *,
+        gate_up: Weight,
+        down: Weight,
         impl: str,
     ) -> jax.Array:
         if self.mode == "local":

@@ -101,7 +101,7 @@ class Owners:
         for name, value in experts.items():
             axes = (("layers",) if stacked else ()) + declared[name].axes
             where = (
-                self.sharding.quantised(axes, value)
+                self.sharding.quantised(axes, value, f"experts.{name}")
                 if isinstance(value, QTensor)
                 else self.sharding.of(axes, value.shape)
             )

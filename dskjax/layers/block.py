@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Bool, Float
 
+from dskjax.axes import Sharding
 from dskjax.config import ModelConfig
 from dskjax.expert_parallel import Exchange
 from dskjax.layers.mla import Mla
@@ -44,17 +45,23 @@ class Block(Module):
         *,
         impl: str,
         exchange: Exchange | None = None,
+        sharding: Sharding | None = None,
     ) -> tuple[Float[Array, "T D"], Any, jax.Array | None]:
         """Returns the residual stream, what `attend` carries on, and the chosen experts int32 [T,
-        K] (None if dense; see `Moe` for `real`).
+        K] (None if dense; see `Moe` for `real`). Rules that split the residual stream by rows
+        (`sharding`) have norms work on a device's rows alone.
         """
+        inside = between = lambda x: x
+        if sharding is not None:
+            inside, between = sharding.inside, sharding.between
+        x_td = between(x_td)
         with jax.named_scope("mla"):
-            attended, carried = attend(self.self_attn, self.input_layernorm(x_td))
-            x_td = x_td + attended
-        normed = self.post_attention_layernorm(x_td)
+            attended, carried = attend(self.self_attn, inside(self.input_layernorm(x_td)))
+            x_td = x_td + between(attended)
+        normed = inside(self.post_attention_layernorm(x_td))
         if isinstance(self.mlp, Moe):
             with jax.named_scope("moe"):
                 out, experts = self.mlp(normed, real, impl=impl, exchange=exchange)
-            return x_td + out, carried, experts
+            return x_td + between(out), carried, experts
         with jax.named_scope("mlp"):
-            return x_td + self.mlp(normed, impl=impl), carried, None
+            return x_td + between(self.mlp(normed, impl=impl)), carried, None

@@ -1,16 +1,22 @@
 """Rows per expert, as a decode step counts them: real rows, once each, wherever they ran."""
 
 import functools
+import json
 import sys
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dskjax.batch import RaggedBatch
+from dskjax.cache import init_cache
+from dskjax.decode.draft import DraftSpec, extend
 from dskjax.decode.generate import generate
 from dskjax.layers.moe import Moe
 from dskjax.mesh import make_mesh, preset
-from dskjax.model import param_specs, trunk
+from dskjax.model import mtp_chain, param_specs, trunk
 from dskjax.params import unstack
 from tests.model.common import tiny
 from tests.parallel.common import needs_8
@@ -59,6 +65,49 @@ def test_verified_drafts_count_and_unrolled_layers_count_alike():
     assert (more >= rejected * t.cfg.moe.num_experts_per_tok).all()
     flat = run(unstack(t.params), count_experts=True, drafts=2)
     np.testing.assert_array_equal(flat.expert_loads, found.expert_loads)
+    np.testing.assert_array_equal(flat.mtp_expert_loads, found.mtp_expert_loads)
+
+
+def test_modules_count_their_rows():
+    """Of a prompt's rows those that have a token to look at, in both modules."""
+    t, spec = tiny(), DraftSpec.make(tiny().cfg, 2, sampled=False)
+    tokens, depths = t.tokens[:1], 2
+    rows = tokens.shape[1] - depths
+    out = jax.jit(functools.partial(trunk, cfg=t.cfg))(t.params, tokens)
+    chain = jax.jit(functools.partial(mtp_chain, cfg=t.cfg, depths=depths))
+    chosen = chain(t.params, tokens, out.hidden).experts
+    experts = t.cfg.moe.n_routed_experts
+    want = [np.bincount(np.ravel(x[0, :rows]), minlength=experts) for x in chosen]
+
+    cache = init_cache(t.cfg, num_pages=8, page_size=4, dtype=jnp.float32)
+    table, lens = jnp.arange(8, dtype=jnp.int32)[None], jnp.array([rows], jnp.int32)
+    padded = jnp.pad(tokens[:, :rows], ((0, 0), (0, 3)))  # padding is not counted
+    batch = RaggedBatch.uniform(padded, table, lens, "expanded", lens)
+    following = jnp.stack(
+        [jnp.pad(tokens[0, k : k + rows], (0, 3)) for k in range(1, depths + 1)], axis=1
+    )
+    hidden = jnp.pad(out.hidden[0, :rows], ((0, 3), (0, 0)))
+    before = jnp.ones((depths, experts), jnp.int32)
+    run = functools.partial(extend, cfg=t.cfg, spec=spec, impl="auto")
+    _, loads = jax.jit(run)(t.params, cache, batch, following, hidden, loads=before)
+    np.testing.assert_array_equal(loads - before, want)
+
+
+def test_a_plan_for_modules_from_what_generate_wrote(dskjax, tmp_path):
+    model = Path(__file__).parents[2] / "examples" / "tiny-deepseek"
+    np.save(tmp_path / "ids.npy", np.arange(8, 20).reshape(3, 4))
+    options = ["generate", model, "--ids", tmp_path / "ids.npy", "--max-tokens", 4]
+    loads = ["--mtp-expert-loads", tmp_path / "mtp.npy"]
+    code, _, told = dskjax(*options, *loads)
+    assert code and "needs --speculate" in told
+    assert dskjax(*options, *loads, "--speculate", 2)[0] == 0
+    found = np.load(tmp_path / "mtp.npy")
+    modules, experts = found.shape
+    assert modules == 1 and (found.sum(axis=1) > 0).all()
+    sizes = ["--replicas", experts + 4, "--gpus", 2]
+    code, *_ = dskjax("eplb", "--load", tmp_path / "mtp.npy", *sizes, "--out", tmp_path / "p.json")
+    assert code == 0
+    assert np.shape(json.loads((tmp_path / "p.json").read_text())["phy2log"]) == (1, experts + 4)
 
 
 @needs_8
@@ -66,9 +115,13 @@ def test_ranks_count_together_and_idle_ones_count_nothing():
     where = preset("decode", make_mesh(dp=2, ep=4, devices=jax.devices()[:8]))
     placed = where.params(param_specs(tiny().cfg))
     params = jax.device_put(jax.tree.map(np.asarray, tiny().params), placed)
+    each = ((params, where), (tiny().params, None))
     found = run(params, count_experts=True, sharding=where)
     assert found.tokens == alone().tokens
     np.testing.assert_array_equal(found.expert_loads, alone().expert_loads)
+    assert found.mtp_expert_loads is None
+    drafted = [run(w, count_experts=True, drafts=2, sharding=s) for w, s in each]
+    np.testing.assert_array_equal(*(one.mtp_expert_loads for one in drafted))
 
 
 def test_nothing_is_counted_unless_asked_for():

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 from dskjax import mesh, model
 from dskjax.axes import Rules, Sharding
 from dskjax.decode import generate
-from dskjax.params import cast, named_leaves, unstack
+from dskjax.params import WeightSpec, cast, named_leaves, unstack
 from dskjax.quantise import quantise
 from pallas_kernels import QTensor
 from pallas_kernels.testing import assert_close, assert_equal, jit
@@ -227,28 +227,51 @@ def test_quantising_on_a_mesh_gives_the_same_bits():
     jax.tree.map(assert_equal, quantise(placed, "w4afp8"), quantised("w4afp8"))
 
 
-@needs_8
-@pytest.mark.parametrize(
-    ("shape", "block", "scales"),
-    [
-        ((2, 512, 512), (128, 128), (None, "tp", ("dp", "ep"))),  # whole blocks in every part
-        ((2, 256, 384), (128, 128), (None, "tp", None)),  # 96 columns a part cut blocks
-        ((2, 128, 512), (128, 128), (None, None, ("dp", "ep"))),  # one block of rows
-        ((2, 130, 512), (1, 128), (None, "tp", ("dp", "ep"))),  # a scale a row
-        ((2, 130, 330), (1, 128), (None, "tp", None)),  # three groups, the last cut off
-    ],
-)
-def test_scales_are_split_on_whole_blocks_only(shape, block, scales):
-    sharding = Sharding(devices_2_2_2(), Rules.make({"heads": "tp", "embed": ("dp", "ep")}))
+def shapes_of(shape, block):
     int4 = block[0] == 1
     *lead, n, k = shape
-    q = QTensor(
+    return QTensor(
         jax.ShapeDtypeStruct((*lead, n, k // 2 if int4 else k), jnp.uint8),
         jax.ShapeDtypeStruct((*lead, -(-n // block[0]), -(-k // block[1])), jnp.float32),
         block,
         "int4" if int4 else "e4m3",
     )
-    placed = sharding.quantised(("layers", "heads", "embed"), q)
+
+
+@needs_8
+@pytest.mark.parametrize(
+    ("shape", "block", "told"),
+    [
+        ((2, 256, 768), (128, 128), ["dp=2 * ep=2", "'embed'", "e4m3", "768", "192", "1, 2, 3, 6"]),
+        ((2, 384, 512), (128, 128), ["w: tp=2", "'heads'", "384", "192", "128", "one of 1, 3"]),
+        ((2, 130, 256), (1, 128), ["dp=2 * ep=2", "int4", "256", "parts of 64", "one of 1, 2"]),
+    ],
+)
+def test_a_split_inside_a_block_is_refused(shape, block, told):
+    sharding = Sharding(devices_2_2_2(), Rules.make({"heads": "tp", "embed": ("dp", "ep")}))
+    with pytest.raises(ValueError, match=r"^a\.w: ") as caught:
+        sharding.params(
+            {"a": {"w": WeightSpec(shape, ("layers", "heads", "embed"), "normal")}},
+            {"a": {"w": shapes_of(shape, block)}},
+        )
+    assert not [part for part in told if part not in str(caught.value)]
+
+
+@needs_8
+@pytest.mark.parametrize(
+    ("shape", "block", "scales"),
+    [
+        ((2, 512, 512), (128, 128), (None, "tp", ("dp", "ep"))),  # whole blocks in every part
+        ((2, 128, 512), (128, 128), (None, None, ("dp", "ep"))),  # one block of rows
+        ((2, 130, 512), (1, 128), (None, "tp", ("dp", "ep"))),  # a scale a row
+        ((2, 130, 330), (1, 128), (None, "tp", None)),  # three groups, the last cut off
+        ((2, 256, 320), (128, 128), (None, "tp", None)),  # the same with blocks of rows
+    ],
+)
+def test_scales_are_split_on_whole_blocks_only(shape, block, scales):
+    sharding = Sharding(devices_2_2_2(), Rules.make({"heads": "tp", "embed": ("dp", "ep")}))
+    q = shapes_of(shape, block)
+    placed = sharding.quantised(("layers", "heads", "embed"), q, "w")
     assert placed.scales.spec == PartitionSpec(*scales)
     columns = ("dp", "ep") if q.values.shape[-1] % 4 == 0 else None
     assert placed.values.spec == PartitionSpec(None, "tp", columns)

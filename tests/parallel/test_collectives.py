@@ -119,6 +119,28 @@ def test_experts_stay_where_they_are(rules):
         assert found["all-reduce"]
 
 
+def normed_rows(hlo: str) -> Counter[int]:
+    """Rows that norms work on, and how many do."""
+    return Counter(int(rows) for rows in re.findall(r"f32\[(\d+)\]\S* rsqrt\(", hlo))
+
+
+@needs_8
+@pytest.mark.parametrize(("ep", "tp"), [(1, 4), (2, 2)])
+def test_norms_work_on_a_share_of_the_rows(ep, tp):
+    """Two in each of two loops and the last one; those of latents stay whole. Their rows, 8 x 16,
+    are gathered after each norm in a loop. XLA makes reduce-scatters of what products end with when
+    it compiles for GPUs; for CPUs it makes none, so here rows are all-reduced and cut.
+    """
+    mesh = make_mesh(ep=ep, tp=tp, devices=jax.devices()[:4])
+    hlo = whole_sequences(preset("prefill_rows", mesh))
+    before = whole_sequences(preset("prefill", mesh))
+    assert normed_rows(before) == {128: 9}
+    assert normed_rows(hlo) == {128 // 4: 5, 128: 4}
+    gathered = lambda text: sent(text).count(("all-gather", [(128, 128)]))  # noqa: E731
+    assert (gathered(before), gathered(hlo)) == (0, 4)
+    assert not collectives(hlo)["reduce-scatter"]
+
+
 @needs_8
 def test_the_check_sees_gathered_experts(monkeypatch):
     """A mode that wants all experts on every rank, while the rules split them."""

@@ -26,9 +26,11 @@ WHOLE = [
     ("decode", 2, 4, 1),
     ("prefill", 1, 4, 2),
     ("train", 2, 2, 2),
+    ("prefill_rows", 1, 2, 2),
     ("decode", 1, 8, 1),
     ("decode", 8, 1, 1),
     ("prefill", 1, 8, 1),
+    ("prefill_rows", 1, 1, 8),
     ("prefill", 2, 2, 2),
     ("train", 1, 8, 1),
     ("train", 1, 2, 4),
@@ -69,10 +71,10 @@ def whole_of(cfg, where: Sharding | None):
 
 
 @needs_8
-@pytest.mark.parametrize(("rules", "dp", "ep", "tp"), table(WHOLE, 3))
+@pytest.mark.parametrize(("rules", "dp", "ep", "tp"), table(WHOLE, 4))
 def test_whole_sequences(rules, dp, ep, tp):
     t, where = tiny(), sharding(rules, dp, ep, tp)
-    rows = 8 if rules != "prefill" else 3  # 136 and 51 flat rows: the latter does not divide
+    rows = 3 if rules == "prefill" else 8  # 51 and 136 flat rows: the former does not divide
     tokens = np.resize(t.tokens, (rows, 17))
     segments = np.where(np.arange(17) < np.arange(5, 5 + rows)[:, None], 1, 0).astype(np.int32)
     want = whole_of(t.cfg, None)(t.params, tokens, segment_ids=segments)
