@@ -14,6 +14,7 @@ import dataclasses
 import datetime
 import functools
 import json
+import math
 import statistics
 import time
 from collections.abc import Iterator
@@ -120,11 +121,12 @@ def random_params(cfg: ModelConfig, precision: str) -> Any:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _random(key: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """Layer by layer, so that what is drawn takes no more memory than a layer."""
-    if len(like.shape) < 3:
+    """A layer, or an expert of a layer, at a time, so that drawing takes little memory."""
+    lead = like.shape[: max(min(len(like.shape) - 2, 2), 0)]
+    if not lead:
         return _matrices(key, like.shape, like.dtype)
-    make = functools.partial(_matrices, shape=like.shape[1:], dtype=like.dtype)
-    return jax.lax.map(make, jax.random.split(key, like.shape[0]))
+    make = functools.partial(_matrices, shape=like.shape[len(lead) :], dtype=like.dtype)
+    return jax.lax.map(make, jax.random.split(key, math.prod(lead))).reshape(like.shape)
 
 
 def _matrices(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:

@@ -63,11 +63,6 @@ def too_large(*shapes: tuple[int, ...]) -> str | None:
     return None
 
 
-def not_in_a_model_yet(*_: Any, **__: Any) -> str | None:
-    """`auto` of kernels that pass their own tests on a GPU, but have not run in a model there."""
-    return "it has not run in a whole model on a GPU so far: ask for it by name"
-
-
 def whole_arrays_only(*_: Any, **__: Any) -> str | None:
     """`auto` of kernels that XLA cannot partition: where it may split arrays between devices it
     would gather them first. Within `shard_map` they are a device's own.

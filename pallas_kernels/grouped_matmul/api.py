@@ -15,8 +15,8 @@ from pallas_kernels.select import (
     Implementation,
     choose,
     no_hopper,
-    not_in_a_model_yet,
     on_gpu_only,
+    whole_arrays_only,
 )
 
 
@@ -77,7 +77,7 @@ def _supports_mosaic_sm90(*args: Any) -> str | None:
 
 
 def _auto_mosaic_sm90(x: Any, *_: Any) -> str | None:
-    return None if isinstance(x, QTensor) else not_in_a_model_yet()
+    return None if isinstance(x, QTensor) else whole_arrays_only()
 
 
 def _mosaic_sm90(x: Any, w: Any, group_sizes: jax.Array) -> jax.Array:
