@@ -142,6 +142,12 @@ class Block(abc.ABC):
     def values(self, half: int, step: jax.Array) -> list[Any]:
         """Shared memory with this half of a tile, by groups of columns."""
 
+    def normed(self, out: jax.Array, norm: jax.Array) -> jax.Array:
+        """Sums of values, fp32, divided by the row's sum of probabilities; norm is 0 in a row that
+        sees nothing.
+        """
+        return out * norm
+
     @abc.abstractmethod
     def results(self, half: int, step: jax.Array) -> list[Any]:
         """Shared memory for this half of the results, each piece as large as a copy; after the

@@ -161,6 +161,12 @@ class Fp8TensorBlock(Block):
         """See `Block`."""
         return [self._place(half, step, group, 0) for group in range(self.groups)]
 
+    def normed(self, out: jax.Array, norm: jax.Array) -> jax.Array:
+        """See `Block`. Queries that are NaN make factors and probabilities NaN, hidden or not; the
+        norm of such a row, which sees nothing, is 0.
+        """
+        return jnp.where(norm > 0, out * norm, 0.0)
+
     def results(self, half: int, step: jax.Array) -> list[Any]:
         """See `Block`: in the places of the tile."""
         return [self._place(half, step, group, 1) for group in range(self.groups)]

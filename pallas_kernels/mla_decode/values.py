@@ -50,8 +50,7 @@ def _item(b: Block, half: int, item: jax.Array, state: Any) -> Any:
     place = lax.rem(order, b.prob_slots + 1)
     plgpu.barrier_wait(b.signal("norm", place))
     norm = plgpu.load(b.refs.factors.at[b.prob_slots + 1 + place], layout=ROWS)
-    # A row that sees nothing has norm 0, and sums of whatever was in memory: NaN perhaps.
-    out = [jnp.where(by_row(norm, o) > 0, o * by_row(norm, o), 0.0) for o in out]
+    out = [b.normed(o, by_row(norm, o)) for o in out]
     _store(b, half, step + tiles, group, partial, out)
     return step + 1 + tiles, carry
 
