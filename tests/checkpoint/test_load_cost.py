@@ -34,7 +34,8 @@ def check_memory(kinds: dict[str, dict]) -> None:
         print(kind, found)
         above = found["peak_anon_above_result_bytes"]
         assert above < 2 * found["largest_shard_bytes"] + found["largest_tensor_bytes"], kind
-        assert above < IN_FLIGHT, kind
+        # Dequantising is compiled, and converts pieces beside the rows as they were read.
+        assert above < IN_FLIGHT * (2 if kind == "fp8, dequantised" else 1), kind
 
 
 def test_memory_beside_the_result_is_a_few_pieces(tmp_path):

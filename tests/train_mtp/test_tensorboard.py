@@ -95,6 +95,7 @@ def test_a_resumed_log_holds_every_step_once(tmp_path):
     assert begun == [0]  # tells a TensorBoard that looks on to forget the older file
 
 
+@pytest.mark.full
 def test_a_stopped_run_goes_on_in_both(tmp_path):
     (tmp_path / "train.txt").write_text("def f(x):\n    return x\n\x1e\n" * 40)
     model = dataclasses.replace(
