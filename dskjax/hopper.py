@@ -7,6 +7,9 @@ import jax
 from dskjax.params import Params, is_weight
 from pallas_kernels import QTensor
 from pallas_kernels.grouped_matmul import PackedInt4, pack
+from pallas_kernels.grouped_matmul.packed_int4 import INPUTS, OUTPUTS
+from pallas_kernels.quant import INT4_GROUP
+from pallas_kernels.select import no_hopper, whole_arrays_only
 
 
 def pack_experts(params: Params) -> Params:
@@ -42,6 +45,21 @@ def pack_experts(params: Params) -> Params:
     if not found:
         raise ValueError("params hold no routed experts in int4: quantise(params, 'w4afp8') first")
     return out
+
+
+def pack_where_read(params: Params) -> Params:
+    """`pack_experts` where the default device has kernels that read packed experts and all experts
+    can be packed; else `params` as they are.
+    """
+    if no_hopper() or whole_arrays_only():
+        return params
+    leaves = jax.tree.leaves(params, is_leaf=is_weight)
+    int4 = [w for w in leaves if isinstance(w, QTensor) and w.format == INT4_GROUP.format]
+    tiles = all(
+        w.block == INT4_GROUP.block and w.shape[-2] % OUTPUTS == 0 and w.shape[-1] % INPUTS == 0
+        for w in int4
+    )
+    return pack_experts(params) if int4 and tiles else params
 
 
 @jax.jit

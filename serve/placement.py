@@ -8,6 +8,7 @@ from dskjax.axes import Sharding
 from dskjax.config import ModelConfig
 from dskjax.decode.ranks import Ranks
 from dskjax.expert_parallel.place import place as place_experts
+from dskjax.hopper import pack_where_read
 from dskjax.mesh import make_mesh, preset
 from dskjax.model import param_specs
 from dskjax.params import Params, unstack
@@ -52,7 +53,8 @@ class Placement(NamedTuple):
 def place_params(
     params: Params, cfg: ModelConfig, placement: Placement, *, unroll: bool, redundant: int
 ) -> tuple[Params, ModelConfig]:
-    """The weights on an engine's devices, split over them, and the config that describes them.
+    """The weights on an engine's devices, split over them, in the layout that their kernels read,
+    and the config that describes them.
 
     Args:
         params: stacked weights on the host or anywhere.
@@ -83,4 +85,6 @@ def place_params(
         params = unstack(params)
         if ranks is not None:
             params = jax.device_put(params, ranks.weights(params, cfg))
+    if split is None and ranks is None:
+        params = pack_where_read(params)
     return params, cfg

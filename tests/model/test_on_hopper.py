@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dskjax import model, paged, presets
+from dskjax import hopper, model, paged, presets
 from dskjax.batch import RaggedBatch
 from dskjax.cache import init_cache
 from dskjax.config import MtpConfig
@@ -107,6 +107,19 @@ def test_packed_experts_are_the_same_experts():
     run = jax.jit(functools.partial(model.apply, cfg=cfg, impl="xla"))
     tokens = jnp.arange(24, dtype=jnp.int32).reshape(2, 12)
     np.testing.assert_array_equal(run(packed, tokens), run(params, tokens))
+
+
+def test_they_are_packed_only_where_kernels_read_them(monkeypatch):
+    init = functools.partial(model.init, key=jax.random.key(0), dtype=jnp.bfloat16)
+    fits, ragged = (quantise(init(small(*size)), "w4afp8") for size in ((256, 128), (256, 96)))
+    assert hopper.pack_where_read(fits) is fits  # on a CPU
+    for name in ("no_hopper", "whole_arrays_only"):
+        monkeypatch.setattr(hopper, name, lambda: None)
+    packed = hopper.pack_where_read(fits)
+    assert isinstance(packed["moe_layers"]["mlp"]["experts"]["down_proj"], PackedInt4)
+    assert hopper.pack_where_read(ragged) is ragged
+    plain = init(small(256, 128))
+    assert hopper.pack_where_read(plain) is plain
 
 
 def test_what_cannot_be_packed_is_named():
