@@ -57,23 +57,23 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="other than the slice's")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    rows = []
+    ceilings, rows = dataclasses.asdict(measure_ceilings()), []  # while memory is free
     for name in args.slices:
         for row in of_slice(name, args):
             print(json.dumps(row | {"by_kernel": row["by_kernel"][:8]}), flush=True)
             rows.append(row)
             if args.out is not None:
-                args.out.write_text(json.dumps(report(rows), indent=1) + "\n")
+                args.out.write_text(json.dumps(report(ceilings, rows), indent=1) + "\n")
 
 
-def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def report(ceilings: dict[str, float], rows: list[dict[str, Any]]) -> dict[str, Any]:
     """What was measured, and on what."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": describe_devices(),
         "commit": source_commit(),
         "versions": versions(),
-        "ceilings": dataclasses.asdict(measure_ceilings()),
+        "ceilings": ceilings,
         "rows": rows,
     }
 

@@ -23,7 +23,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -198,24 +197,24 @@ def model_of(values: int) -> ModelConfig:
 
 def time_both(folder: Path, options: dict[str, Any], runs: int) -> dict[str, Any]:
     """Seconds from the page cache, and under `cold` from the disk."""
-    warm = time_loads(folder, options, runs)
-    return warm | {"cold": time_loads(folder, options, runs, forget)}
+    warm = time_loads(folder, options, runs, cold=False)
+    return warm | {"cold": time_loads(folder, options, runs, cold=True)}
 
 
-def time_loads(
-    folder: Path, options: dict[str, Any], runs: int, before: Callable[[Path], object] = Path.exists
-) -> dict[str, Any]:
-    """Seconds to load and to read, taken in turns after one of each that does not count; `before`
-    each, not timed, something is done with the folder.
+def time_loads(folder: Path, options: dict[str, Any], runs: int, *, cold: bool) -> dict[str, Any]:
+    """Seconds to load and to read, taken in turns after one of each that does not count; `cold`:
+    each from the disk.
     """
     plain, load, buffer = [], [], bytearray(8 << 20)
     total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     for _ in range(runs + 1):
-        before(folder)
+        if cold:
+            forget(folder)
         begun = time.perf_counter()
         read_all(folder, buffer)
         plain.append(time.perf_counter() - begun)
-        before(folder)
+        if cold:
+            forget(folder)
         begun = time.perf_counter()
         params, _ = load_hf(folder, **options)
         load.append(time.perf_counter() - begun)

@@ -15,7 +15,9 @@ from dskjax.batch import RaggedBatch
 from dskjax.cache import init_cache
 from dskjax.config import MtpConfig
 from dskjax.hopper import pack_experts
+from dskjax.params import is_weight
 from dskjax.quantise import quantise
+from pallas_kernels import QTensor
 from pallas_kernels.grouped_matmul import PackedInt4
 from pallas_kernels.testing import assert_close
 from tests.tolerances import HOPPER_STEP
@@ -109,6 +111,12 @@ def test_packed_experts_are_the_same_experts():
     np.testing.assert_array_equal(run(packed, tokens), run(params, tokens))
 
 
+def of_32_inputs(w):
+    if not isinstance(w, QTensor) or w.format != "int4":
+        return w
+    return dataclasses.replace(w, scales=jnp.repeat(w.scales, 4, axis=-1), block=(1, 32))
+
+
 def test_they_are_packed_only_where_kernels_read_them(monkeypatch):
     init = functools.partial(model.init, key=jax.random.key(0), dtype=jnp.bfloat16)
     fits, ragged = (quantise(init(small(*size)), "w4afp8") for size in ((256, 128), (256, 96)))
@@ -118,6 +126,8 @@ def test_they_are_packed_only_where_kernels_read_them(monkeypatch):
     packed = hopper.pack_where_read(fits)
     assert isinstance(packed["moe_layers"]["mlp"]["experts"]["down_proj"], PackedInt4)
     assert hopper.pack_where_read(ragged) is ragged
+    finer = jax.tree.map(of_32_inputs, fits, is_leaf=is_weight)
+    assert hopper.pack_where_read(finer) is finer
     plain = init(small(256, 128))
     assert hopper.pack_where_read(plain) is plain
 
