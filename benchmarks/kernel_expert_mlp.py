@@ -28,15 +28,26 @@ NO_WORSE = 1.3
 """How much farther from the results of unrounded rows than plain JAX a kernel may be: it has both
 distances, 3.5e-2 and 2.4e-2, which have nothing to do with each other.
 """
-CHECKED = 64
-"""Rows that are checked, of the whole."""
+CHECKED = 16
+"""Rows that are checked, each with the weights of its own experts."""
 
 # Microseconds on another H100 80GB HBM3 on 2026-11-22, whose ceilings were as in
 # `kernel_grouped_matmul`. DeepGEMM: the two products alone, of rows that are sorted and quantized.
-REFERENCES = {
-    f"e4m3 deepseek-v3 8 experts t{tokens}": {"DeepGEMM's two products": us}
-    for tokens, us in {1: 136, 32: 134, 128: 145, 512: 308, 4096: 2291}.items()
-}
+# Marlin: SGLang 0.5.10's fused experts, int4 weights and bf16 rows.
+REFERENCES = (
+    {
+        f"e4m3 deepseek-v3 8 experts t{tokens}": {"DeepGEMM's two products": us}
+        for tokens, us in {1: 136, 32: 134, 128: 145, 512: 308, 4096: 2291}.items()
+    }
+    | {
+        f"int4 deepseek-v3 8 experts t{tokens}": {"Marlin": us}
+        for tokens, us in {1: 85, 32: 155, 128: 351, 512: 1265}.items()
+    }
+    | {
+        f"int4 deepseek-v3 256 experts t{tokens}": {"Marlin": us}
+        for tokens, us in {8: 458, 32: 1299, 128: 2103, 512: 2968}.items()
+    }
+)
 REFERENCE_CEILINGS = kernel_grouped_matmul.REFERENCE_CEILINGS
 
 
@@ -101,21 +112,37 @@ def every_layer(run: Any, case: Case, args: dict[str, Any]) -> tuple[Any, Any, i
     return function, (args["rows"], args["weights"]), len(args["rows"])
 
 
-def answers(case: Case, args: dict[str, Any]) -> tuple[Any, slice, jax.Array, jax.Array]:
+def answers(case: Case, args: dict[str, Any]) -> tuple[Any, np.ndarray, jax.Array, jax.Array]:
     """(operands, which rows, results for these of the same quantization in plain JAX, and of rows
     that are not quantized).
     """
-    x, weights, experts = args["rows"][0]
-    gate_up, down = args["weights"][0]
-    some = slice(None, None, max(1, case.rows // CHECKED))
-    operands = (x[some], weights[some], experts[some], gate_up, down)
-    plain = jax.jit(functools.partial(mosaic_sm90.expert_mlp, steps=mosaic_sm90.PLAIN))
-    exact = jax.jit(xla.expert_mlp)(*operands)
-    return (x, weights, experts, gate_up, down), some, plain(*operands), exact
+    operands = (*args["rows"][0], *args["weights"][0])
+    some = np.arange(0, case.rows, max(1, case.rows // CHECKED))
+    plain = functools.partial(mosaic_sm90.expert_mlp, steps=mosaic_sm90.PLAIN)
+    both = jax.jit(functools.partial(_alone, (plain, xla.expert_mlp)))
+    results = [both(row, *operands) for row in some]
+    same, exact = (jnp.concatenate(each) for each in zip(*results, strict=True))
+    return operands, some, same, exact
+
+
+def _alone(
+    ops: tuple[Any, ...],
+    row: jax.Array,
+    x: jax.Array,
+    weights: jax.Array,
+    experts: jax.Array,
+    gate_up: Any,
+    down: Any,
+) -> list[jax.Array]:
+    """One row through its experts, by each of `ops`."""
+    chosen = experts[row]
+    own = [jax.tree.map(lambda leaf: leaf[chosen], w) for w in (gate_up, down)]
+    ids = jnp.arange(len(chosen), dtype=jnp.int32)[None]
+    return [op(x[row][None], weights[row][None], ids, *own) for op in ops]
 
 
 def check(
-    run: Any, case: Case, answers: tuple[Any, slice, jax.Array, jax.Array]
+    run: Any, case: Case, answers: tuple[Any, np.ndarray, jax.Array, jax.Array]
 ) -> dict[str, float]:
     """The relative errors: against plain JAX, and against rows that are not quantized.
 

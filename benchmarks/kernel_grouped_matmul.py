@@ -101,22 +101,20 @@ def make(case: Case, seed: int = 0) -> dict[str, Any]:
     of_rows, of_weights = (FP8_TOKEN, INT4_GROUP) if case.packed else (FP8_TILE, FP8_BLOCK)
     keys = iter(jax.random.split(jax.random.key(seed), 99))
 
-    @functools.partial(jax.jit, static_argnums=(1, 2))
     def tensor(key: jax.Array, shape: tuple[int, ...], recipe: Any) -> Any:
         made = quantise(jax.random.normal(key, shape, jnp.bfloat16), recipe)
         return pack(made) if made.format == "int4" else made
 
-    def weights(key: jax.Array) -> Any:
-        parts = [
-            tensor(k, (*case.lead, case.k), of_weights) for k in jax.random.split(key, case.experts)
-        ]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+    @jax.jit
+    def weights(key: jax.Array) -> Any:  # an expert at a time: its fp32 values come and go
+        one = functools.partial(tensor, shape=(*case.lead, case.k), recipe=of_weights)
+        return jax.lax.map(one, jax.random.split(key, case.experts))
 
     sizes = group_sizes(np.random.default_rng(seed), case.rows, case.experts, case.load)
     first = weights(next(keys))
     sets = max(1, -(-SET_BYTES // _bytes(first)))
     return {
-        "x": tensor(next(keys), (case.rows, case.k), of_rows),
+        "x": jax.jit(tensor, static_argnums=(1, 2))(next(keys), (case.rows, case.k), of_rows),
         "weights": [first, *(weights(next(keys)) for _ in range(sets - 1))],
         "sizes": jnp.asarray(sizes),
     }

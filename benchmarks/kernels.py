@@ -1,8 +1,8 @@
 """Checks and times GPU kernels at real shapes, beside the card's own ceilings.
 
-    python -m benchmarks.kernels mla_decode --out benchmarks/results/mla-decode.json
-    python -m benchmarks.kernels mla_decode --sweep -k "b128 kv4096 q1"    other tiles too
-    python -m benchmarks.kernels mla_decode --check                        only the check
+    python -m benchmarks.kernels mla_decode router --out benchmarks/results
+    python -m benchmarks.kernels "mla_decode:b128 kv4096 q1" --sweep    other tiles too
+    python -m benchmarks.kernels "mla_decode:b32 * fp8*" --check        only the check
 
 Each row has the median and the spread of 25 samples, TFLOP/s and GB/s of the work that the
 definition asks for, and its part of the floor: the time in which the card's ceilings, measured
@@ -12,8 +12,10 @@ before and after in this run, would do that work. Times of others are from anoth
 import argparse
 import dataclasses
 import datetime
+import fnmatch
 import importlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,38 +40,69 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("op", choices=OPS)
-    parser.add_argument("-k", metavar="TEXT", default="", help="only cases that contain it")
+    parser.add_argument("ops", nargs="+", metavar="OP[:PATTERN]", help=f"of {', '.join(OPS)}")
     parser.add_argument("--sweep", action="store_true", help="other tiles too")
     parser.add_argument("--others", action="store_true", help="our other implementations too")
     parser.add_argument("--check", action="store_true", help="no timing")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="for a kernels-OP.json of each op")
     args = parser.parse_args()
+    try:
+        chosen = chosen_cases(args.ops)
+    except ValueError as error:
+        parser.error(str(error))
     if jax.default_backend() != "gpu":
         parser.error("JAX finds no GPU here; scripts/aot.sh compiles without one")
 
-    result: dict[str, Any] = {
-        "op": args.op,
+    shared: dict[str, Any] = {
         "device": jax.devices()[0].device_kind,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": source_commit(),
         "versions": versions(),
     }
     if not args.check:
-        result["ceilings"] = dataclasses.asdict(measure_ceilings())
-        print(result["ceilings"], flush=True)
-    result["rows"] = []
-    for name in OPS[args.op].split():
-        op: Any = importlib.import_module(name)
-        for case in (case for case in op.CASES if args.k in str(case)):
-            result["rows"] += run_case(op, case, args, result.get("ceilings"))
-            if args.out:  # after each case, so that a run cut short leaves something
-                args.out.write_text(json.dumps(result, indent=1) + "\n")
+        shared["ceilings"] = dataclasses.asdict(measure_ceilings())
+        print(shared["ceilings"], flush=True)
+    results = {op: {"op": op} | shared | {"rows": []} for op in chosen}
+    for op, cases in chosen.items():
+        for module, case in cases:
+            results[op]["rows"] += run_case(module, case, args, shared.get("ceilings"))
+            write(results[op], args.out)  # after each case: a run cut short leaves something
     if not args.check:
-        result["ceilings_after"] = dataclasses.asdict(measure_ceilings())
-        print(result["ceilings_after"])
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        after = dataclasses.asdict(measure_ceilings())
+        print(after)
+        for result in results.values():
+            write(result | {"ceilings_after": after}, args.out)
+
+
+def chosen_cases(words: Sequence[str]) -> dict[str, list[tuple[Any, Any]]]:
+    """{op: (its module, case) of each case asked for}.
+
+    Args:
+        words: "OP" for all cases of an op, or "OP:PATTERN" with `*` for any letters.
+
+    Raises:
+        ValueError: there is no such op, or no case of it has such a name.
+    """
+    found: dict[str, list[tuple[Any, Any]]] = {}
+    for word in words:
+        op, _, pattern = word.partition(":")
+        if op not in OPS:
+            raise ValueError(f"no op {op!r}; there are {', '.join(OPS)}")
+        modules = [importlib.import_module(name) for name in OPS[op].split()]
+        cases = [(module, case) for module in modules for case in module.CASES]
+        matching = [c for c in cases if fnmatch.fnmatchcase(str(c[1]), pattern or "*")]
+        if not matching:
+            names = "; ".join(str(case) for _, case in cases)
+            raise ValueError(f"no case of {op} is called {pattern!r}; there are {names}")
+        found.setdefault(op, []).extend(matching)
+    return found
+
+
+def write(result: dict[str, Any], folder: Path | None) -> None:
+    """kernels-OP.json; nothing without a folder."""
+    if folder is not None:
+        path = folder / f"kernels-{result['op']}.json"
+        path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def run_case(op: Any, case: Any, args: argparse.Namespace, ceilings: Any) -> list[dict[str, Any]]:

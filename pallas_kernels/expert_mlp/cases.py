@@ -99,14 +99,14 @@ _RECIPES = {"e4m3": FP8_BLOCK, "int4": INT4_GROUP}
 _pack = jax.jit(pack)
 
 
-def _deepseek_v3(tokens: int, weight: Format) -> Case:
-    """8 experts of DeepSeek-V3, each with that many rows: every token goes to all of them."""
+def _deepseek_v3(tokens: int, weight: Format, experts: int = 8) -> Case:
+    """Experts of DeepSeek-V3; if 8, each with that many rows: every token goes to all of them."""
     return Case(
-        name=f"{weight} deepseek-v3 8 experts t{tokens}",
+        name=f"{weight} deepseek-v3 {experts} experts t{tokens}",
         tags=("bench",),
         dtype="bfloat16",
         rows=tokens,
-        experts=8,
+        experts=experts,
         per_token=8,
         hidden=7168,
         width=2048,
@@ -153,7 +153,8 @@ CASES = (
         width=1408,
     ),
     *(_deepseek_v3(tokens, "e4m3") for tokens in (1, 32, 128, 512, 4096)),
-    *(_deepseek_v3(tokens, "int4") for tokens in (1, 128)),
+    *(_deepseek_v3(tokens, "int4") for tokens in (1, 32, 128, 512)),
+    *(_deepseek_v3(tokens, "int4", 256) for tokens in (8, 32, 128, 512)),
 )
 HOPPER = (
     Case(name="hopper", rows=13, absent=0.3, **_E4M3),
