@@ -14,7 +14,6 @@ import dataclasses
 import datetime
 import functools
 import json
-import math
 import statistics
 import time
 from collections.abc import Iterator
@@ -25,20 +24,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.random_weights import Precision, param_shapes, random_like
 from dskjax import model, paged
 from dskjax.batch import RaggedBatch
 from dskjax.cache import init_cache
 from dskjax.config import ModelConfig, MtpConfig
-from dskjax.hopper import pack_experts
 from dskjax.params import nbytes
 from dskjax.presets import preset
 from dskjax.provenance import describe_devices, source_commit, versions
-from dskjax.quantise import quantise
 from pallas_kernels.testing.bench import Spread, measure_ceilings
 
 PAGE = 64
 RUNS = 25
-SLICES = {
+SLICES: dict[str, tuple[str, int, Precision, str]] = {
     "deepseek-v2-lite bf16": ("deepseek-v2-lite", 27, "bf16", "auto"),
     "deepseek-v3 fp8": ("deepseek-v3", 4, "fp8", "fp8"),
     "deepseek-v3 w4afp8": ("deepseek-v3", 4, "w4afp8", "fp8"),
@@ -88,7 +86,7 @@ def of_slice(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     )
     if cfg.moe is not None and cfg.num_hidden_layers <= cfg.first_k_dense_replace + 1:
         cfg = dataclasses.replace(cfg, first_k_dense_replace=1)  # V3's three would be nearly all
-    params = random_params(cfg, precision)
+    params = random_like(param_shapes(cfg, precision))
     for batch in args.batch:
         for impl in args.impl:
             found = measure(cfg, params, batch, args.context, args.queries, kv_dtype, impl)
@@ -102,42 +100,6 @@ def of_slice(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 "impl": impl,
                 **found,
             }
-
-
-def random_params(cfg: ModelConfig, precision: str) -> Any:
-    """Random weights of a precision, made on the device leaf by leaf."""
-
-    def shapes() -> Any:
-        params = model.init(cfg, jax.random.key(0), dtype=jnp.bfloat16)
-        if precision == "bf16":
-            return params
-        quantised = quantise(params, precision)
-        return pack_experts(quantised) if precision == "w4afp8" else quantised
-
-    leaves, tree = jax.tree.flatten(jax.eval_shape(shapes))
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    return jax.tree.unflatten(tree, [_random(k, x) for k, x in zip(keys, leaves, strict=True)])
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _random(key: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """A layer, or an expert of a layer, at a time, so that drawing takes little memory."""
-    lead = like.shape[: max(min(len(like.shape) - 2, 2), 0)]
-    if not lead:
-        return _matrices(key, like.shape, like.dtype)
-    make = functools.partial(_matrices, shape=like.shape[len(lead) :], dtype=like.dtype)
-    return jax.lax.map(make, jax.random.split(key, math.prod(lead))).reshape(like.shape)
-
-
-def _matrices(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    if dtype == jnp.int32:
-        return jax.lax.bitcast_convert_type(jax.random.bits(key, shape), jnp.int32)
-    if dtype == jnp.float8_e4m3fn:
-        bits = jax.random.bits(key, shape, jnp.uint8) & 0xBF  # no NaN
-        return jax.lax.bitcast_convert_type(bits, dtype)
-    if dtype == jnp.float32:
-        return jnp.full(shape, 2.0**-7, dtype)  # scales, biases of gates
-    return (0.02 * jax.random.normal(key, shape)).astype(dtype)
 
 
 def measure(

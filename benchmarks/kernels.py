@@ -2,6 +2,7 @@
 
     python -m benchmarks.kernels mla_decode router --out benchmarks/results
     python -m benchmarks.kernels "mla_decode:b128 kv4096 q1" --sweep    other tiles too
+    python -m benchmarks.kernels grouped_matmul --sweep "* rows 16 *"   these of them
     python -m benchmarks.kernels "mla_decode:b32 * fp8*" --check        only the check
 
 Each row has the median and the spread of 25 samples, TFLOP/s and GB/s of the work that the
@@ -28,6 +29,7 @@ OPS = {
     "act_quant": "benchmarks.kernel_act_quant",
     "expert_mlp": "benchmarks.kernel_expert_mlp",
     "grouped_matmul": "benchmarks.kernel_grouped_matmul benchmarks.kernel_grouped_matmul_bf16",
+    "matmul": "benchmarks.kernel_matmul",
     "mla_decode": "benchmarks.kernel_mla_decode",
     "moe_permute": "benchmarks.kernel_moe_permute",
     "router": "benchmarks.kernel_router",
@@ -41,7 +43,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("ops", nargs="+", metavar="OP[:PATTERN]", help=f"of {', '.join(OPS)}")
-    parser.add_argument("--sweep", action="store_true", help="other tiles too")
+    parser.add_argument(
+        "--sweep", nargs="?", const="*", metavar="PATTERN", help="other tiles too, all or these"
+    )
     parser.add_argument("--others", action="store_true", help="our other implementations too")
     parser.add_argument("--check", action="store_true", help="no timing")
     parser.add_argument("--out", type=Path, metavar="DIR", help="for a kernels-OP.json of each op")
@@ -109,7 +113,9 @@ def run_case(op: Any, case: Any, args: argparse.Namespace, ceilings: Any) -> lis
     """A row for each implementation; one that fails is reported and left out."""
     inputs, rows = op.make(case), []
     answers = op.answers(case, inputs)
-    for name, run in op.implementations(case, args.sweep, args.others):
+    for name, run in op.implementations(case, bool(args.sweep), args.others):
+        if args.sweep and not fnmatch.fnmatchcase(f"{name} ", args.sweep):
+            continue
         row: dict[str, Any] = {"case": str(case), "impl": name}
         try:
             row["errors"] = op.check(run, case, answers)

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from pallas_kernels.grouped_matmul import PackedInt4
+from pallas_kernels.grouped_matmul.packed_int4 import INPUTS, OUTPUTS
 from pallas_kernels.quant import QTensor
 
 LOGICAL_AXES = {
@@ -135,15 +137,33 @@ class Sharding:
         for axis, size, block, part in zip(axes, q.shape, blocks, values.spec, strict=True):
             whole = size % (self._ways(part) * block) == 0
             if not whole and size > max(block, SMALL) and size % block == 0:
-                raise ValueError(self._cut(name, q, axis, size, block, part))
+                what = f"of this {q.format} weight", f"blocks of {block} that share a scale"
+                raise ValueError(self._cut(name, what, axis, size, block, part))
             parts.append(part if whole else None)
         scales = NamedSharding(self.mesh, PartitionSpec(*parts))
         return dataclasses.replace(q, values=values, scales=scales)
 
+    def packed(self, axes: tuple[str | None, ...], w: PackedInt4, name: str) -> PackedInt4:
+        """NamedShardings of packed int4 weights, in a PackedInt4; see `quantised`.
+
+        Raises:
+            ValueError: a part would end inside a tile.
+        """
+        parts = self.of(axes, w.shape).spec
+        tiles = (*(1 for _ in axes[:-2]), OUTPUTS, INPUTS)
+        for axis, size, tile, part in zip(axes, w.shape, tiles, parts, strict=True):
+            if size % (self._ways(part) * tile):
+                what = "of this weight, packed for Hopper", f"tiles of {tile}"
+                raise ValueError(self._cut(name, what, axis, size, tile, part))
+        words, scales = PartitionSpec(*parts, None, None), PartitionSpec(*parts, None)
+        return dataclasses.replace(
+            w, words=NamedSharding(self.mesh, words), scales=NamedSharding(self.mesh, scales)
+        )
+
     def _cut(
         self,
         name: str,
-        q: QTensor,
+        what: tuple[str, str],
         axis: str | None,
         size: int,
         block: int,
@@ -153,9 +173,10 @@ class Sharding:
         degree = " * ".join(f"{name}={self.mesh.shape[name]}" for name in names)
         ways, count = self._ways(part), size // block
         legal = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+        of_weight, blocks = what
         return (
-            f"{name}: {degree} would split the {axis!r} axis of this {q.format} weight, {size}, "
-            f"into parts of {size // ways}, inside its blocks of {block} that share a scale; "
+            f"{name}: {degree} would split the {axis!r} axis {of_weight}, {size}, "
+            f"into parts of {size // ways}, inside its {blocks}; "
             f"choose a mesh that splits it in one of {legal}"
         )
 
@@ -165,15 +186,17 @@ class Sharding:
         Args:
             specs: the weights as declared.
             params: the weights themselves or their shapes; needed when some are QTensors, whose
-                scales are split otherwise than their values.
+                scales are split otherwise than their values, or packed.
 
         Raises:
-            ValueError: see `quantised`.
+            ValueError: see `quantised` and `packed`.
         """
 
         def one(keys: tuple[Any, ...], spec: Any, value: Any) -> Any:
             if isinstance(value, QTensor):
                 return self.quantised(spec.axes, value, _name(keys))
+            if isinstance(value, PackedInt4):
+                return self.packed(spec.axes, value, _name(keys))
             return self.of(spec.axes, spec.shape)
 
         is_spec = lambda s: hasattr(s, "axes")  # noqa: E731

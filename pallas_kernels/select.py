@@ -5,11 +5,13 @@ and asks `choose`. The choice depends on static facts only (shapes, dtypes, devi
 while tracing and costs nothing at run time.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -22,11 +24,36 @@ in the compute dtype.
 _log = logging.getLogger(__name__)
 
 
+_FOR_HOPPER = contextvars.ContextVar("for_hopper", default=False)
+
+
+@contextlib.contextmanager
+def for_hopper() -> Iterator[None]:
+    """Implementations are chosen as on an H100 within: for compiling ahead of time."""
+    token = _FOR_HOPPER.set(True)
+    try:
+        yield
+    finally:
+        _FOR_HOPPER.reset(token)
+
+
+def _on_gpu() -> bool:
+    return _FOR_HOPPER.get() or jax.default_backend() == "gpu"
+
+
+def _capability() -> tuple[str, str | None]:
+    """Name and compute capability of the default device."""
+    if _FOR_HOPPER.get():
+        return "an H100", "9.0"
+    device = jax.devices()[0]
+    return device.device_kind, getattr(device, "compute_capability", None)
+
+
 def on_gpu_only(*_: Any, **__: Any) -> str | None:
     """`supports` of implementations that `auto` should take on GPUs; on a CPU the reference is
     preferred.
     """
-    return None if jax.default_backend() == "gpu" else "auto uses the reference on a CPU"
+    return None if _on_gpu() else "auto uses the reference on a CPU"
 
 
 H100_SMS = 132
@@ -35,23 +62,21 @@ H100_SMS = 132
 
 def no_hopper() -> str | None:
     """Why the default device cannot run kernels for Hopper, or None."""
-    if jax.default_backend() != "gpu":
+    if not _on_gpu():
         return "needs an H100 or H200"
-    device = jax.devices()[0]
-    capability = getattr(device, "compute_capability", None)
+    kind, capability = _capability()
     if capability != "9.0":
-        return f"needs compute capability 9.0 (H100, H200), {device.device_kind} has {capability}"
+        return f"needs compute capability 9.0 (H100, H200), {kind} has {capability}"
     return None
 
 
 def no_ada() -> str | None:
     """Why the default device cannot run kernels in Triton that make e4m3, or None."""
-    if jax.default_backend() != "gpu":
+    if not _on_gpu():
         return "needs an NVIDIA GPU of compute capability 8.9 or more"
-    device = jax.devices()[0]
-    capability = str(getattr(device, "compute_capability", None))
-    if not capability.replace(".", "").isdecimal() or float(capability) < 8.9:
-        return f"needs compute capability 8.9 or more, {device.device_kind} has {capability}"
+    kind, capability = _capability()
+    if not str(capability).replace(".", "").isdecimal() or float(str(capability)) < 8.9:
+        return f"needs compute capability 8.9 or more, {kind} has {capability}"
     return None
 
 
@@ -68,7 +93,7 @@ def whole_arrays_only(*_: Any, **__: Any) -> str | None:
     would gather them first. Within `shard_map` they are a device's own.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if jax.device_count() == 1 or mesh.are_all_axes_manual and mesh.size > 1:
+    if jax.device_count() == 1 or not mesh.empty and mesh.are_all_axes_manual:
         return None
     return f"{jax.device_count()} devices may share an array here: ask for it by name"
 

@@ -3,6 +3,7 @@
 # and compares registers, spills and memory with benchmarks/results/aot.json.
 #
 #   scripts/aot.sh [--record] [-k TEXT]
+#   scripts/aot.sh --module NAME ARGS...    another module that compiles, in the project's .venv
 #   AOT_VENV=/path scripts/aot.sh           another place for its environment, 0.6 GB
 #
 # The environment holds only JAX, its CUDA plugin and ptxas, as pinned in requirements/lock-gpu.txt;
@@ -30,10 +31,15 @@ if [ ! -x "$venv/bin/python" ]; then
 fi
 
 nvcc=$("$venv/bin/python" -c 'import nvidia.cuda_nvcc as n; print(*n.__path__)')
-dump=$(mktemp -d)
-trap 'rm -rf "$dump"' EXIT
 export PATH="$nvcc/bin:$PATH" PYTHONPATH=. JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=3
 export XLA_FLAGS="--xla_gpu_cuda_data_dir=$nvcc" JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1
+if [ "${1:-}" = --module ]; then
+    shift
+    site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    PYTHONPATH=".:$site" exec .venv/bin/python -m "$@"
+fi
+dump=$(mktemp -d)
+trap 'rm -rf "$dump"' EXIT
 export MOSAIC_GPU_DUMP_PTXAS=1 MOSAIC_GPU_DUMP_TO="$dump/mosaic"
 # Mosaic and XLA complain of what is not needed here: a driver, a disassembler.
 "$venv/bin/python" -m benchmarks.aot "$@" 2>"$dump/errors" || {

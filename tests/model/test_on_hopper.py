@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dskjax import hopper, model, paged, presets
+from dskjax import hopper, mesh, model, paged, presets
 from dskjax.batch import RaggedBatch
 from dskjax.cache import init_cache
 from dskjax.config import MtpConfig
+from dskjax.decode.ranks import Ranks
 from dskjax.hopper import pack_experts
-from dskjax.params import is_weight
+from dskjax.params import is_weight, unstack
 from dskjax.quantise import quantise
 from pallas_kernels import QTensor
 from pallas_kernels.grouped_matmul import PackedInt4
@@ -43,11 +44,19 @@ V3 = narrow("deepseek-v3", n_routed_experts=16, n_group=4, topk_group=2, num_exp
 
 
 @functools.cache
+def drawn(cfg, precision="bf16"):
+    """Random params, in one program: op by op there would be several for every shape."""
+
+    def make():
+        params = model.init(cfg, jax.random.key(0), dtype=jnp.bfloat16)
+        return params if precision == "bf16" else quantise(params, precision)
+
+    return jax.jit(make)()
+
+
+@functools.cache
 def params_of(cfg, precision):
-    params = model.init(cfg, jax.random.key(0), dtype=jnp.bfloat16)
-    if precision == "bf16":
-        return params
-    params = jax.jit(functools.partial(quantise, precision=precision))(params)
+    params = drawn(cfg, precision)
     return pack_experts(params) if precision == "w4afp8" else params
 
 
@@ -103,12 +112,41 @@ def small(hidden_size, moe_intermediate_size):
 
 def test_packed_experts_are_the_same_experts():
     cfg = small(256, 128)
-    params = quantise(model.init(cfg, jax.random.key(0), dtype=jnp.bfloat16), "w4afp8")
+    params = drawn(cfg, "w4afp8")
     packed = pack_experts(params)
     assert isinstance(packed["moe_layers"]["mlp"]["experts"]["gate_up_proj"], PackedInt4)
     run = jax.jit(functools.partial(model.apply, cfg=cfg, impl="xla"))
     tokens = jnp.arange(24, dtype=jnp.int32).reshape(2, 12)
     np.testing.assert_array_equal(run(packed, tokens), run(params, tokens))
+
+
+@pytest.mark.devices(8)
+@pytest.mark.parametrize("unroll", [False, True])
+def test_devices_pack_the_experts_they_have(unroll):
+    cfg = small(256, 128)
+    params = drawn(cfg, "w4afp8")
+    params = unstack(params) if unroll else params
+    want = pack_experts(params)
+    ranks = Ranks(mesh.preset("decode", mesh.make_mesh(dp=2, ep=4)))
+    shardings = functools.partial(ranks.weights, cfg=cfg)
+    got = pack_experts(jax.device_put(params, shardings(params)), shardings)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    words = [x for x in jax.tree.leaves(got) if x.dtype == jnp.int32 and x.ndim >= 5]
+    assert words
+    for x in words:
+        assert x.addressable_shards[0].data.size * 4 == x.size
+
+
+@pytest.mark.devices(4)
+def test_parts_of_packed_weights_are_whole_tiles():
+    params = drawn(small(256, 128), "w4afp8")
+    packed = jax.eval_shape(pack_experts, params)["moe_layers"]["mlp"]["experts"]["down_proj"]
+    where = mesh.preset("prefill", mesh.make_mesh(tp=4, devices=jax.devices()[:4]))
+    with pytest.raises(ValueError, match=r"tp=4 .*'mlp' axis .*128, into parts of 32.*one of 1$"):
+        where.packed(("layers", "experts", "embed", "mlp"), packed, "down_proj")
+    halves = mesh.preset("fsdp", mesh.make_mesh(dp=2, devices=jax.devices()[:2]))
+    found = halves.packed(("layers", "experts", "embed", "mlp"), packed, "down_proj")
+    assert found.words.spec[2] == ("dp", "ep")
 
 
 def of_32_inputs(w):
@@ -118,8 +156,7 @@ def of_32_inputs(w):
 
 
 def test_they_are_packed_only_where_kernels_read_them(monkeypatch):
-    init = functools.partial(model.init, key=jax.random.key(0), dtype=jnp.bfloat16)
-    fits, ragged = (quantise(init(small(*size)), "w4afp8") for size in ((256, 128), (256, 96)))
+    fits, ragged = (drawn(small(*size), "w4afp8") for size in ((256, 128), (256, 96)))
     assert hopper.pack_where_read(fits) is fits  # on a CPU
     for name in ("no_hopper", "whole_arrays_only"):
         monkeypatch.setattr(hopper, name, lambda: None)
@@ -128,13 +165,13 @@ def test_they_are_packed_only_where_kernels_read_them(monkeypatch):
     assert hopper.pack_where_read(ragged) is ragged
     finer = jax.tree.map(of_32_inputs, fits, is_leaf=is_weight)
     assert hopper.pack_where_read(finer) is finer
-    plain = init(small(256, 128))
+    plain = drawn(small(256, 128))
     assert hopper.pack_where_read(plain) is plain
 
 
 def test_what_cannot_be_packed_is_named():
-    params = model.init(small(160, 96), jax.random.key(0), dtype=jnp.bfloat16)
+    cfg = small(160, 96)
     with pytest.raises(ValueError, match="no routed experts in int4"):
-        pack_experts(params)
+        pack_experts(drawn(cfg))
     with pytest.raises(ValueError, match=r"experts\.\w+_proj: .*multiples of 64 outputs"):
-        pack_experts(quantise(params, "w4afp8"))
+        pack_experts(drawn(cfg, "w4afp8"))
