@@ -29,8 +29,10 @@ from pallas_kernels.grouped_matmul.api import hopper_kernel
 from pallas_kernels.mla_decode import cases as mla_decode_cases
 from pallas_kernels.mla_decode import mosaic_sm90
 from pallas_kernels.mla_decode.plan import plan_mla_decode, with_work
+from pallas_kernels.peer_exchange import cases as peer_exchange_cases
+from pallas_kernels.peer_exchange import mosaic_sm90 as peer_exchange
 from pallas_kernels.select import H100_SMS
-from pallas_kernels.testing.aot import compile_for_h100, read_usage
+from pallas_kernels.testing.aot import AXIS, compile_for_h100, read_usage
 
 RESULTS = Path(__file__).parent / "results" / "aot.json"
 WORSE = ("spill_stores", "spill_loads", "serialized", "smem", "temp_bytes")
@@ -41,55 +43,21 @@ Program = tuple[str, Callable[..., Any], list[Any]]
 """A case, a function, and the shapes of its arguments."""
 
 
-def mla_decode_programs() -> Iterator[Program]:
-    """Every benchmark; and a scan over layers, which must not copy the pool or a layer of it."""
-    for case in mla_decode_cases.BENCH:
-        *shapes, plan = mla_decode_shapes(case)
-        yield (
-            str(case),
-            functools.partial(mosaic_sm90.mla_decode, scale=case.scale),
-            [*shapes, plan],
-        )
-
-    case = dataclasses.replace(mla_decode_cases.BENCH[1], layers=4)
-    q_latent, q_rope, cache, _, table, plan = mla_decode_shapes(case)
-
-    def scanned(q_latent: Any, q_rope: Any, cache: Any, table: Any, plan: Any) -> Any:
-        def layer(carry: Any, index: jax.Array) -> tuple[Any, None]:
-            q, pool = carry
-            out, _ = mosaic_sm90.mla_decode(q, q_rope, pool, index, table, plan, scale=case.scale)
-            return (q + out, pool), None
-
-        return jax.lax.scan(layer, (q_latent, cache), jnp.arange(case.layers))[0][0]
-
-    yield f"{case} scanned", scanned, [q_latent, q_rope, cache, table, plan]
+def peer_exchange_programs() -> Iterator[Program]:
+    """Every benchmark, for GPUs of one host."""
+    for case in peer_exchange_cases.BENCH:
+        if case.ranks == RANKS["peer_exchange"]:
+            run = functools.partial(peer_exchange.peer_exchange, axis=AXIS)
+            yield str(case), run, case.abstract()
 
 
-def mla_decode_shapes(case: mla_decode_cases.Case) -> list[Any]:
-    """Arguments of the kernel, the plan with its list of work last."""
-    args = case.abstract()
-    lens, starts = args.pop("cached_lens"), args.pop("query_starts")
-    rows, heads = args["q_latent"].shape[:2]
-
-    def planned(lens: jax.Array, starts: jax.Array, table: jax.Array) -> Any:
-        plan = plan_mla_decode(lens, starts, rows, queries=case.queries[0])
-        return with_work(plan, table, heads, H100_SMS)
-
-    return [*args.values(), jax.eval_shape(planned, lens, starts, args["page_table"])]
-
-
-def grouped_matmul_programs() -> Iterator[Program]:
-    """Every benchmark, and the gradients."""
-    for case in grouped_matmul_cases.BENCH:
-        shapes = case.abstract()
-        run = functools.partial(hopper_kernel(shapes["w"]).grouped_matmul, sms=H100_SMS)
-        yield str(case), run, list(shapes.values())
-    for gradient in grouped_matmul_cases.GRADIENTS:
-        run = functools.partial(mosaic_sm90_bf16.GRADIENTS[gradient.of], sms=H100_SMS)
-        yield str(gradient), run, gradient.abstract()
-
-
-PROGRAMS = {"grouped_matmul": grouped_matmul_programs, "mla_decode": mla_decode_programs}
+PROGRAMS = {
+    "grouped_matmul": grouped_matmul_programs,
+    "mla_decode": mla_decode_programs,
+    "peer_exchange": peer_exchange_programs,
+}
+RANKS = {"peer_exchange": 8}
+"""GPUs that programs are for, where it is not one."""
 
 
 def main() -> None:
@@ -130,7 +98,7 @@ def compiled(op: str, name: str, run: Any, shapes: list[Any], dump: Path) -> lis
     shutil.rmtree(dump, ignore_errors=True)
     dump.mkdir(parents=True)
     begun = time.perf_counter()
-    program = compile_for_h100(run, *shapes)
+    program = compile_for_h100(run, *shapes, ranks=RANKS.get(op, 1))
     seconds = time.perf_counter() - begun
     temp = program.memory_analysis().temp_size_in_bytes
     return [

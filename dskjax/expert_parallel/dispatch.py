@@ -1,5 +1,5 @@
 """Dispatch and combine of an expert exchange, inside `shard_map`: DeepEP's two modes over a padded
-`all_to_all`.
+`all_to_all`, or over puts into the memory of peers.
 
     throughput     rows as they arrive, ordered by rank and row, with their choices rebased to this
                    rank's experts: what grouped products want. Differentiable.
@@ -30,6 +30,7 @@ from pallas_kernels import act_quant
 from pallas_kernels.quant import QTensor, dequantise
 
 Payload = Literal["native", "fp8"]
+Transport = Literal["all_to_all", "peer"]
 
 
 @jax.tree_util.register_dataclass
@@ -44,12 +45,14 @@ class Received:
         experts: i32 [M, K], ids among this rank's experts; -1 where the choice lives elsewhere.
         weights: float32 [M, K].
         layout: of the rows this rank sent; `combine` needs it.
+        counts: i32 [R], rows from each rank, where only these travel; None where all slots do.
     """
 
     x: jax.Array | QTensor
     experts: Int[Array, "M K"]
     weights: Float[Array, "M K"]
     layout: Layout
+    counts: Int[Array, " R"] | None = None
 
 
 def dispatch(
@@ -61,6 +64,7 @@ def dispatch(
     per_rank: int,
     capacity: int | None = None,
     payload: Payload = "native",
+    transport: Transport = "all_to_all",
 ) -> Received:
     """Sends rows to the ranks that own their experts; every rank of `axis` must call.
 
@@ -74,6 +78,11 @@ def dispatch(
             less, ask `overflows` first.
         payload: "native" sends x as it is and is differentiable; "fp8" sends e4m3 with a scale per
             128 channels (DeepSeek-V3 report, section 3.2.1).
+        transport: "all_to_all" sends every slot; "peer" only those that hold rows, on GPUs by
+            writing them into the memory of peers. `combine` does the same.
+
+    Raises:
+        NotImplementedError: "peer" on GPUs that cannot; the message says why.
     """
     ranks, rows = lax.axis_size(axis), x.shape[0]
     where = layout(
@@ -81,14 +90,31 @@ def dispatch(
     )
     ids = _rebased(experts, where, per_rank)
     weights_mk = _flat(spread(weights.astype(jnp.float32), where))
-    if payload == "fp8":
-        q = act_quant(x)
-        sent = (_flat(spread(q.values, where)), _flat(spread(q.scales, where)), ids, weights_mk)
-        values, scales, ids, weights_mk = message.swap(sent, axis)
-        rows_md: jax.Array | QTensor = dataclasses.replace(q, values=values, scales=scales)
-    else:
-        rows_md, ids, weights_mk = message.swap((_flat(spread(x, where)), ids, weights_mk), axis)
-    return Received(x=rows_md, experts=ids, weights=weights_mk, layout=where)
+    q = act_quant(x) if payload == "fp8" else None
+    rows = (x,) if q is None else (q.values, q.scales)
+    sent = (*(_flat(spread(a, where)) for a in rows), ids, weights_mk)
+    (*rows, ids, weights_mk), counts = _travel(sent, where, axis, transport)
+    if q is not None:
+        rows = [dataclasses.replace(q, values=rows[0], scales=rows[1])]
+    if counts is not None:
+        ids = jnp.where(_is_there(counts, where.capacity), ids, -1)
+    return Received(x=rows[0], experts=ids, weights=weights_mk, layout=where, counts=counts)
+
+
+def _travel(
+    sent: tuple[jax.Array, ...], where: Layout, axis: str, transport: Transport
+) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
+    """What arrives, empty slots 0 where they were 0 or do not travel; and `Received.counts`."""
+    if transport == "all_to_all":
+        return message.swap(sent, axis), None
+    got, counts = message.put(sent, where.counts, axis)
+    is_there = _is_there(counts, where.capacity)
+    return tuple(jnp.where(is_there, a, jnp.zeros((), a.dtype)) for a in got), counts
+
+
+def _is_there(counts: jax.Array, capacity: int) -> jax.Array:
+    """bool [M, 1]: slots that rows arrived in."""
+    return (jnp.arange(capacity) < counts[:, None]).reshape(-1, 1)
 
 
 def combine(y: Float[Array, "M D"], received: Received, *, axis: str) -> Float[Array, "T D"]:
@@ -104,7 +130,10 @@ def combine(y: Float[Array, "M D"], received: Received, *, axis: str) -> Float[A
         [T, D] in the dtype of y, summed in fp32 in the order of the row's choices.
     """
     shape = (*received.layout.source.shape, y.shape[-1])
-    (back,) = message.swap((y,), axis)
+    if received.counts is None:
+        (back,) = message.swap((y,), axis)
+    else:
+        (back,), _ = message.put((y,), received.counts, axis)
     return collect(back.reshape(shape), received.layout)
 
 

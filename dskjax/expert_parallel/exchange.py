@@ -12,7 +12,14 @@ from jaxtyping import Array, Float, Int
 
 from dskjax.axes import Sharding
 from dskjax.expert_parallel.chunks import MOE_CHUNK_TOKENS, in_chunks
-from dskjax.expert_parallel.dispatch import Payload, by_expert, combine, dispatch, weigh
+from dskjax.expert_parallel.dispatch import (
+    Payload,
+    Transport,
+    by_expert,
+    combine,
+    dispatch,
+    weigh,
+)
 from dskjax.expert_parallel.layout import layout
 from pallas_kernels import expert_mlp
 from pallas_kernels.quant import Weight, dequantise
@@ -33,7 +40,9 @@ class Exchange:
         rows: mesh axes the rows are split over.
         mesh: the mesh, when called on whole arrays; None inside a `shard_map` over `axis` and
             `rows`, where arrays are already a rank's own, and where there are no such axes.
-        payload: how rows travel.
+        payload: as what rows travel.
+        transport: "all_to_all", or "peer": GPUs of one host write into each other's memory, see
+            `dskjax.expert_parallel.dispatch`; `rows` must then be all axes that split the mesh.
         slack: room for this many times the pairs (row, expert) and rows that a balanced load
             brings. What does not fit is noticed on every rank, and the layer runs with room for
             everything; nothing is ever dropped. None: always room for everything.
@@ -47,12 +56,25 @@ class Exchange:
     rows: tuple[str, ...]
     mesh: Mesh | None = None
     payload: Payload = "native"
+    transport: Transport = "all_to_all"
     slack: float | None = None
     moe_chunk_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.moe_chunk_tokens is not None and self.moe_chunk_tokens < 1:
             raise ValueError(f"{self.moe_chunk_tokens=} must be at least 1, or None for all rows")
+        if self.transport == "peer":
+            self._check_peers()
+
+    def _check_peers(self) -> None:
+        if self.mode not in ("throughput", "low_latency"):
+            raise ValueError(f"transport='peer' needs rows that travel, not {self.mode=}")
+        sizes = {} if self.mesh is None else dict(self.mesh.shape)
+        if left_out := {n: s for n, s in sizes.items() if s > 1 and n not in self.rows}:
+            raise ValueError(
+                f"transport='peer' needs rows split over the whole mesh, not over {self.rows} "
+                f"beside {left_out}; use 'all_to_all'"
+            )
 
     @classmethod
     def of(cls, sharding: Sharding | None) -> "Exchange | None":
@@ -155,11 +177,16 @@ class Exchange:
             mesh=self.mesh,
             in_specs=(row, row, row, mine, mine),
             out_specs=row,
-            axis_names={*self.rows, *(() if self.mode == "local" else (self.axis,))},
+            axis_names=self._manual_axes(self.mesh),
             check_vma=False,
         )
         out = over(x, weights, experts, gate_up, down)
         return out[: out.shape[0] - padding]
+
+    def _manual_axes(self, mesh: Mesh) -> set[str]:
+        if self.transport == "peer":  # a kernel that reaches peers wants to know where it is
+            return set(mesh.axis_names)
+        return {*self.rows, *(() if self.mode == "local" else (self.axis,))}
 
     def _on_rank(
         self,
@@ -225,6 +252,7 @@ class Exchange:
                 per_rank=per_rank,
                 capacity=capacity,
                 payload=self.payload,
+                transport=self.transport,
             )
         if self.mode == "low_latency":
             slots = by_expert(got, per_rank=per_rank, dtype=x.dtype)
@@ -252,7 +280,10 @@ class Exchange:
         rank_tk = jnp.where(experts >= 0, experts // per_rank, ranks)
         mine = (rank_tk[:, :, None] == jnp.arange(ranks)).sum((0, 1), dtype=jnp.int32)
         all_ranks = lax.all_gather(jnp.stack([towards, mine]), self.axis)  # [R, 2, R]
-        return (all_ranks[:, 0].max() > capacity) | (all_ranks[:, 1].sum(0).max() > pairs)
+        found = (all_ranks[:, 0].max() > capacity) | (all_ranks[:, 1].sum(0).max() > pairs)
+        if self.transport == "peer":  # whose launches begin with a barrier of the whole mesh
+            found = lax.pmax(found.astype(jnp.int32), self.rows) > 0
+        return found
 
 
 def _every_slot(x_emd: jax.Array, gate_up: Weight, down: Weight) -> jax.Array:

@@ -67,19 +67,36 @@ class Usage:
     smem: int
 
 
-def compile_for_h100(function: Callable[..., Any], *args: Any) -> Any:
-    """Lowers and compiles for one H100.
+AXIS = "device"
+"""Of the mesh of all H100s."""
+
+
+def h100s(count: int) -> list[Any]:
+    """So many H100s of one host, which programs can be compiled for."""
+    shape = f"1x1x{count}"
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name=shape, target_config=H100, topology=shape
+    )
+    return list(topology.devices)
+
+
+def compile_for_h100(function: Callable[..., Any], *args: Any, ranks: int = 1) -> Any:
+    """Lowers and compiles for one H100, or for several of one host.
 
     Args:
-        function: closed over everything static.
-        *args: pytrees of shapes and types.
+        function: closed over everything static. For several it runs on each, inside `shard_map`
+            over `AXIS`.
+        *args: pytrees of shapes and types; for several, leading axes are split.
+        ranks: how many.
     """
-    topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="1x1x1", target_config=H100, topology="1x1x1"
-    )
-    mesh = Mesh(np.array(topology.devices), ("device",))
-    whole = NamedSharding(mesh, PartitionSpec())
-    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), args)
+    mesh = Mesh(np.array(h100s(ranks)), (AXIS,))
+    spec = PartitionSpec() if ranks == 1 else PartitionSpec(AXIS)
+    if ranks > 1:
+        function = jax.shard_map(
+            function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
+        )
+    where = NamedSharding(mesh, spec)
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), args)
     return jax.jit(function).trace(*placed).lower().compile()
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dskjax.expert_parallel import by_expert, combine, dispatch, layout, weigh
-from pallas_kernels import act_quant
+from pallas_kernels import act_quant, peer_exchange
 from pallas_kernels.quant import QTensor
 from tests.parallel.common import AXIS, choices, expected_rows, needs_8, on_ranks
 
@@ -23,6 +23,20 @@ CASES = {
     "one hot expert set": {"hot": True},
     "nobody has work": {"idle": 1.0},
 }
+TRANSPORTS = ("all_to_all", "peer")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_puts(monkeypatch):
+    """Puts bring garbage where no row came."""
+    monkeypatch.setattr(sys.modules["dskjax.expert_parallel.message"], "peer_exchange", poisoned)
+
+
+def poisoned(rows, counts, axis, *, impl):
+    got, arrived = peer_exchange(rows, counts, axis, impl=impl)
+    is_there = jnp.arange(rows.shape[1]) < arrived[:, None]
+    garbage = 0xFF if rows.dtype == jnp.uint8 else jnp.nan
+    return jnp.where(is_there[..., None], got, jnp.array(garbage, rows.dtype)), arrived
 
 
 def make(case: str, seed: int = 0, width: int = WIDTH):
@@ -37,9 +51,11 @@ def make(case: str, seed: int = 0, width: int = WIDTH):
 
 
 @functools.cache
-def sent(payload: str = "native"):
+def sent(payload: str = "native", transport: str = "all_to_all"):
+    options = {"payload": payload, "transport": transport}
+
     def run(x, experts, weights):
-        got = dispatch(x, experts, weights, axis=AXIS, per_rank=PER_RANK, payload=payload)
+        got = dispatch(x, experts, weights, axis=AXIS, per_rank=PER_RANK, **options)
         return got.x, got.experts, got.weights, got.layout.counts
 
     return on_ranks(run, RANKS)
@@ -50,10 +66,12 @@ def by_rank(a):
 
 
 @needs_8
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("case", CASES)
-def test_every_row_arrives_once_at_each_rank_that_owns_its_experts(case):
+def test_every_row_arrives_once_at_each_rank_that_owns_its_experts(case, transport):
     x, experts, weights = make(case)
-    got_x, got_experts, got_weights, counts = map(by_rank, sent()(x, experts, weights))
+    run = sent(transport=transport)
+    got_x, got_experts, got_weights, counts = map(by_rank, run(x, experts, weights))
     for me in range(RANKS):
         rows = expected_rows(by_rank(experts), PER_RANK, me)
         slots = {source: 0 for source in range(RANKS)}
@@ -68,14 +86,16 @@ def test_every_row_arrives_once_at_each_rank_that_owns_its_experts(case):
             wanted = np.where(mine & (experts[flat] >= 0), experts[flat] - me * PER_RANK, -1)
             np.testing.assert_array_equal(got_experts[me, at], wanted)
         assert (got_experts[me, ~filled] == -1).all() and not got_x[me, ~filled].any()
+        assert not got_weights[me, ~filled].any()
         for source in range(RANKS):
             assert counts[source, me] == slots[source]
 
 
 @needs_8
-def test_an_fp8_payload_is_what_act_quant_makes_of_the_row():
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_an_fp8_payload_is_what_act_quant_makes_of_the_row(transport):
     x, experts, weights = make("mixed", width=256)
-    got, ids, *_ = sent("fp8")(x, experts, weights)
+    got, ids, *_ = sent("fp8", transport)(x, experts, weights)
     native, native_ids, *_ = sent()(x, experts, weights)
     assert isinstance(got, QTensor) and got.values.dtype == jnp.float8_e4m3fn
     want = act_quant(native)
@@ -101,8 +121,8 @@ def definition(x, experts, weights):
     return out
 
 
-def throughput(x, experts, weights):
-    got = dispatch(x, experts, weights, axis=AXIS, per_rank=PER_RANK)
+def throughput(x, experts, weights, *, transport="all_to_all"):
+    got = dispatch(x, experts, weights, axis=AXIS, per_rank=PER_RANK, transport=transport)
     first = jax.lax.axis_index(AXIS) * PER_RANK
     each = expert_of(got.x[:, None], (first + got.experts)[:, :, None])
     named = (got.experts >= 0)[:, :, None]
@@ -111,8 +131,8 @@ def throughput(x, experts, weights):
     return combine(jnp.where(empty, jnp.nan, y), got, axis=AXIS)
 
 
-def low_latency(x, experts, weights):
-    got = dispatch(x, experts, weights, axis=AXIS, per_rank=PER_RANK)
+def low_latency(x, experts, weights, *, transport="all_to_all"):
+    got = dispatch(x, experts, weights, axis=AXIS, per_rank=PER_RANK, transport=transport)
     slots = by_expert(got, per_rank=PER_RANK, dtype=x.dtype)
     first = jax.lax.axis_index(AXIS) * PER_RANK
     y = expert_of(slots.x, (first + jnp.arange(PER_RANK))[:, None, None])
@@ -124,16 +144,17 @@ MODES = {"throughput": throughput, "low_latency": low_latency}
 
 
 @functools.cache
-def round_trip(mode: str):
-    return on_ranks(MODES[mode], RANKS)
+def round_trip(mode: str, transport: str = "all_to_all"):
+    return on_ranks(functools.partial(MODES[mode], transport=transport), RANKS)
 
 
 @needs_8
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", CASES)
-def test_weights_are_applied_once_and_empty_slots_count_for_nothing(mode, case):
+def test_weights_are_applied_once_and_empty_slots_count_for_nothing(mode, case, transport):
     x, experts, weights = make(case)
-    got = round_trip(mode)(x, experts, weights)
+    got = round_trip(mode, transport)(x, experts, weights)
     np.testing.assert_allclose(got, definition(x, experts, weights), rtol=1e-6, atol=1e-6)
 
 
@@ -149,18 +170,34 @@ def test_any_routing(mode, seed, idle):
 
 
 @needs_8
-def test_gradients_reach_rows_and_weights():
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_gradients_reach_rows_and_weights(transport):
     x, experts, weights = make("mixed")
     pull = np.random.default_rng(1).standard_normal(x.shape).astype(np.float32)
 
     def loss(x, weights):
-        out = round_trip("throughput")(x, experts, weights)
+        out = round_trip("throughput", transport)(x, experts, weights)
         return (jnp.where(jnp.isnan(out), 0, out) * pull).sum()
 
     dx, dw = jax.grad(loss, argnums=(0, 1))(jnp.asarray(x), jnp.asarray(weights))
     factor = np.where(experts >= 0, expert_of(1.0, experts), 0)
     np.testing.assert_allclose(dx, pull * (factor * weights).sum(1)[:, None], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(dw, factor * (pull * x).sum(1)[:, None], rtol=1e-5, atol=1e-5)
+
+
+@needs_8
+def test_rows_that_do_not_fit_are_not_put():
+    """The count that travels is of the rows that do."""
+    x, experts, weights = make("full")
+
+    def run(x, experts, weights):
+        args = {"axis": AXIS, "per_rank": PER_RANK, "capacity": 1, "transport": "peer"}
+        got = dispatch(x, experts, weights, **args)
+        return got.counts, got.x
+
+    counts, got = on_ranks(run, RANKS)(x, experts, weights)
+    assert np.asarray(counts).max() == 1
+    assert np.isfinite(np.asarray(got)).all()
 
 
 def test_layout_leaves_out_what_does_not_fit_and_says_so():

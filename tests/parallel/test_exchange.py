@@ -2,6 +2,7 @@
 
 import functools
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,10 @@ import pytest
 from dskjax.axes import Rules, Sharding
 from dskjax.expert_parallel import Exchange
 from dskjax.mesh import make_mesh, preset
-from pallas_kernels import expert_mlp, quantise
+from pallas_kernels import expert_mlp, peer_exchange, quantise
 from pallas_kernels.quant import FP8_BLOCK, FP8_TILE, INT4_GROUP, dequantise
 from pallas_kernels.testing import Tolerance, assert_close
+from pallas_kernels.testing.lower import lower_for_h100s
 from tests.parallel.common import choices, needs_8
 
 EXPERTS, TOP_K, WIDTH, INNER = 8, 2, 16, 8
@@ -23,6 +25,10 @@ SPLIT_SUM = Tolerance(
 ROW_FP8 = Tolerance(
     abs=0.15, rel=0.06, cosine=2e-3, reason="rows travel in e4m3: 3 bits of mantissa"
 )
+
+
+alone = jax.jit(expert_mlp)
+"""The layer on one device."""
 
 
 @functools.cache
@@ -68,7 +74,7 @@ def over(dp: int, ep: int, mode: str, **options) -> Exchange:
 )
 def test_equals_one_device(dp, ep, mode, rows):
     args = make(rows)
-    assert_close(run_of(over(dp, ep, mode))(*args), expert_mlp(*args), SPLIT_SUM)
+    assert_close(run_of(over(dp, ep, mode))(*args), alone(*args), SPLIT_SUM)
 
 
 @needs_8
@@ -78,7 +84,7 @@ def test_what_exceeds_the_room_is_noticed_and_not_dropped(hot, slack):
     """96 rows a rank: with room for little more than the mean, and all rows choosing alike."""
     args = make(384, hot=hot, idle=0.0)
     exchange = over(1, 4, "throughput", slack=slack)
-    assert_close(run_of(exchange)(*args), expert_mlp(*args), SPLIT_SUM)
+    assert_close(run_of(exchange)(*args), alone(*args), SPLIT_SUM)
 
 
 @needs_8
@@ -88,7 +94,18 @@ def test_a_room_that_is_believed_drops_rows(monkeypatch):
     args = make(384, hot=True, idle=0.0)
     got = jax.jit(functools.partial(over(1, 4, "throughput", slack=1.0).experts, impl="xla"))(*args)
     with pytest.raises(AssertionError):
-        assert_close(got, expert_mlp(*args), SPLIT_SUM)
+        assert_close(got, alone(*args), SPLIT_SUM)
+
+
+@functools.cache
+def gradients_of(exchange: Exchange | None):
+    """Compiled gradients of x, weights and experts' weights; None is one device."""
+    run = expert_mlp if exchange is None else exchange.experts
+
+    def loss(x, weights, gate_up, down, experts, pull):
+        return (run(x, weights, experts, gate_up, down, impl="xla") * pull).sum()
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
 
 
 @needs_8
@@ -98,14 +115,9 @@ def test_gradients_equal_those_of_one_device(mode, hot):
     x, weights, experts, gate_up, down = make(384, hot=hot)
     pull = np.random.default_rng(1).standard_normal(x.shape)
     slack = 1.5 if mode == "throughput" else None
-    exchange = over(2, 4, mode, slack=slack)
-
-    def loss(run, x, weights, gate_up, down):
-        return (run(x, weights, experts, gate_up, down, impl="xla") * pull).sum()
-
-    args = (x, weights, gate_up, down)
-    grad = lambda run: jax.jit(jax.grad(functools.partial(loss, run), argnums=(0, 1, 2, 3)))  # noqa: E731
-    for got, want in zip(grad(exchange.experts)(*args), grad(expert_mlp)(*args), strict=True):
+    args = (x, weights, gate_up, down, experts, pull)
+    found = gradients_of(over(2, 4, mode, slack=slack))(*args)
+    for got, want in zip(found, gradients_of(None)(*args), strict=True):
         assert_close(got, want, Tolerance(abs=1e-4, rel=1e-4, cosine=1e-9, reason="fp32 sums"))
 
 
@@ -116,7 +128,7 @@ def test_quantized_experts_travel_with_their_scales(recipe):
     # The inner width is below a block, so the down projection is one ragged block.
     gate_up = quantise(gate_up, recipe)
     args = (x, weights, experts, gate_up, down)
-    assert_close(run_of(over(2, 4, "throughput"))(*args), expert_mlp(*args), SPLIT_SUM)
+    assert_close(run_of(over(2, 4, "throughput"))(*args), alone(*args), SPLIT_SUM)
 
 
 @needs_8
@@ -125,8 +137,55 @@ def test_an_fp8_payload_equals_quantized_rows(mode):
     x, weights, experts, gate_up, down = make(24, width=128)
     got = run_of(over(1, 8, mode, payload="fp8"))(x, weights, experts, gate_up, down)
     rounded = dequantise(quantise(x, FP8_TILE))
-    assert_close(got, expert_mlp(rounded, weights, experts, gate_up, down), SPLIT_SUM)
-    assert_close(got, expert_mlp(x, weights, experts, gate_up, down), ROW_FP8)
+    assert_close(got, alone(rounded, weights, experts, gate_up, down), SPLIT_SUM)
+    assert_close(got, alone(x, weights, experts, gate_up, down), ROW_FP8)
+
+
+@needs_8
+@pytest.mark.parametrize("mode", ["throughput", "low_latency"])
+def test_puts_equal_one_device(mode):
+    args = make(13)
+    assert_close(run_of(over(2, 4, mode, transport="peer"))(*args), alone(*args), SPLIT_SUM)
+
+
+@needs_8
+def test_puts_on_a_mesh_take_one_branch_on_all_its_ranks():
+    """Only one group of ranks has too little room, and all take the branch with more."""
+    x, weights, experts, gate_up, down = make(512)
+    experts = experts.at[:256].set(experts[0])
+    exchange = over(2, 4, "throughput", transport="peer", slack=1.0)
+
+    def overflows(experts):
+        return exchange._overflows(experts, EXPERTS // 4, 60, 1000)[None]
+
+    rows = jax.P(("dp", "ep"))
+    ask = jax.shard_map(overflows, mesh=exchange.mesh, in_specs=rows, out_specs=rows)
+    assert np.asarray(jax.jit(ask)(experts)).all()
+    got = run_of(exchange)(x, weights, experts, gate_up, down)
+    assert_close(got, alone(x, weights, experts, gate_up, down), SPLIT_SUM)
+
+
+@needs_8
+def test_puts_need_rows_over_the_whole_mesh():
+    both = make_mesh(dp=2, tp=2, ep=2, devices=jax.devices()[:8])
+    options = {"axis": "ep", "rows": ("dp", "ep"), "mesh": both, "transport": "peer"}
+    with pytest.raises(ValueError, match=re.escape("not over ('dp', 'ep') beside {'tp': 2}")):
+        Exchange(mode="throughput", **options)
+    with pytest.raises(ValueError, match="needs rows that travel, not self.mode='sum'"):
+        Exchange(mode="sum", **options)
+
+
+def test_puts_are_kernels_on_gpus(monkeypatch):
+    """Each way in each branch; nothing else exchanges rows."""
+    named = functools.partial(peer_exchange, impl="mosaic_sm90")
+    module = sys.modules["dskjax.expert_parallel.message"]
+    monkeypatch.setattr(module, "peer_exchange", lambda *args, impl: named(*args))
+    monkeypatch.setattr(sys.modules["pallas_kernels.peer_exchange.api"], "no_hopper", lambda: None)
+    exchange = Exchange(mode="throughput", axis="ep", rows=("ep",), transport="peer", slack=2.0)
+    run = functools.partial(exchange.experts, impl="xla")
+    text = lower_for_h100s(run, *make(512), ranks=4, axis="ep")
+    assert text.count("mosaic_gpu_v2") == 4
+    assert text.count('"stablehlo.all_to_all"') == 0
 
 
 @needs_8

@@ -76,7 +76,7 @@ def test_logits_and_chosen_experts_equal_those_of_the_plain_model(name):
 
 
 @needs_8
-@pytest.mark.parametrize("name", ["one", "ep8"])
+@pytest.mark.parametrize("name", [pytest.param("one", marks=pytest.mark.full), "ep8"])
 def test_greedy_text_equals_that_of_the_plain_model(name):
     params, cfg = placed(name, plans())
     assert text(params, cfg, name) == plain_text()
