@@ -226,8 +226,7 @@ def plot(report: dict[str, Any], out: Path) -> None:
     axis.set(
         xlabel="rows of a GPU",
         ylabel="dispatch and combine, us",
-        title=f"{jax.device_count()} x {jax.devices()[0].device_kind}, "
-        f"rows of {report['shape']['width']}",
+        title=f"{report['device']}, rows of {report['shape']['width']}",
         xscale="log",
         yscale="log",
     )

@@ -98,7 +98,7 @@ def cuts(rows: int, outputs: int, blocks: int) -> Iterator[Cut]:
     """For a sweep: those that leave no more than half of the device idle."""
     others: list[dict[str, Any]] = [{}, {"together": 2}, {"auto_barriers": False}]
     tiles = [
-        Tiles(rows=128, outputs=width, stages=stages, staged=1, registers=(40, 232), **more)
+        Tiles(rows=128, outputs=width, stages=stages, staged=1, registers=(24, 240), **more)
         for width, stages in ((128, 5), (64, 7))
         for more in others
     ]

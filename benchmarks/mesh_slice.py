@@ -4,6 +4,7 @@ the steps of all ranks compiled.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -108,14 +109,24 @@ class Slice:
         """Pages of a sequence, with room for the steps of a measurement."""
         return -(-(context + 512) // PAGE)
 
-    def slots(self, config: DecodeConfig, batch: int, context: int, *, counted: bool) -> Any:
-        """Shapes of the slots of all ranks.
+    def slots(
+        self,
+        config: DecodeConfig,
+        batch: int,
+        context: int,
+        *,
+        counted: bool = False,
+        temperature: float = 1.0,
+    ) -> Callable[[], Slots]:
+        """A function that makes empty slots of all ranks.
 
         Args:
             config: of the step.
             batch: sequences of a rank.
             context: cached tokens of each.
             counted: whether rows of experts are counted.
+            temperature: of sampling. At 0 random weights soon give all sequences the same tokens,
+                and these go to the same experts.
         """
         count = self.ranks.count
         rows = batch * count
@@ -129,7 +140,7 @@ class Slice:
                 kv_dtype=self.kv_dtype,
             )
             options = RowOptions.make(
-                SamplingParams.make(rows, temperature=0.0, seed=list(range(rows))),
+                SamplingParams.make(rows, temperature=temperature, seed=list(range(rows))),
                 accept=RuleOptions(name="strict"),
                 drafts=config.spec.drafts,
             )
@@ -144,11 +155,9 @@ class Slice:
 
         return make
 
-    def state(
-        self, config: DecodeConfig, batch: int, context: int, *, counted: bool = False
-    ) -> Slots:
+    def state(self, config: DecodeConfig, batch: int, context: int, **options: Any) -> Slots:
         """Slots of all ranks in the middle of their sequences; arguments as for `slots`."""
-        make = self.slots(config, batch, context, counted=counted)
+        make = self.slots(config, batch, context, **options)
         shapes = jax.eval_shape(make)
         where = self.ranks.state(shapes)
         empty = jax.jit(make, out_shardings=where)()
@@ -201,7 +210,7 @@ class Slice:
     def abstract(self, config: DecodeConfig, batch: int, context: int) -> tuple[Any, Any, Any]:
         """(weights, slots, rows) as shapes with their shardings, for compiling without devices."""
         mesh = self.ranks.sharding.mesh
-        state = jax.eval_shape(self.slots(config, batch, context, counted=False))
+        state = jax.eval_shape(self.slots(config, batch, context))
         rows, shape = batch * self.ranks.count, jax.ShapeDtypeStruct
         mine = NamedSharding(mesh, PartitionSpec(self.ranks.axes))
         decode = DecodeRows(

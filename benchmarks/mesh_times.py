@@ -128,7 +128,7 @@ def same_tokens(model: Slice, params: Params, *, batch: int, context: int) -> di
     alone_mesh = make_mesh(devices=list(mesh.devices.flat[:1]))
     one = dataclasses.replace(model, ranks=Ranks(Sharding(alone_mesh, model.ranks.sharding.rules)))
     config = model.config(1, None)
-    state = model.state(config, batch, context)
+    state = model.state(config, batch, context, temperature=0.0)
     rows = model.decode_rows(config, batch, context)
     ranks = model.ranks.count
     pages = batch * model.width(context)

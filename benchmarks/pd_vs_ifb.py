@@ -149,8 +149,7 @@ class Bench:
         self.vocab = cfg.vocab_size
         self.wire = None
         if "P" in roles:
-            moves = {p.name: mover(p.sharding) for p in placements}
-            self.wire = LocalTransport(moves)
+            self.wire = LocalTransport({p.name: p.mover() for p in placements})
         begun = time.monotonic()
         build = functools.partial(
             build_engine, served, config, post=mailbox.post, transport=self.wire
@@ -221,11 +220,6 @@ class Bench:
         self.coordinator.stop()
         self.coordinator = None
         jax.clear_caches()
-
-
-def mover(sharding: Any) -> Any:
-    """What moves a part's arrays to an engine."""
-    return lambda arrays: jax.device_put(arrays, sharding)
 
 
 def jobs(args: argparse.Namespace, rate: float) -> list[Job]:

@@ -9,9 +9,9 @@ from jaxtyping import Array, Int
 from dskjax.batch import BatchPlan, RaggedBatch
 from dskjax.config import ModelConfig
 from dskjax.layers.block import Attend
-from dskjax.layers.mla import Mla, Projected, Tables
+from dskjax.layers.mla import Mla, Queries, Rows, Tables
 from pallas_kernels import LatentCache, MlaPrefillPlan, mla_decode, mla_prefill
-from pallas_kernels.latent_cache import gather_rows, write_rows
+from pallas_kernels.latent_cache import gather_rows
 
 
 def over_sequences(tables: Tables, plan: MlaPrefillPlan, cfg: ModelConfig, impl: str) -> Attend:
@@ -50,12 +50,10 @@ def over_cache(
     """
 
     def attend(mla: Mla, x_td: jax.Array) -> tuple[jax.Array, LatentCache]:
-        p = mla.project(x_td, tables, impl=impl)
         pages, slots = (
             jnp.concatenate([getattr(plan, name) for plan in plans]) for name in ("pages", "slots")
         )
-        with jax.named_scope("cache_write"):
-            written = write_rows(cache, layer, p.latent, p.k_rope, pages, slots)
+        p, written = mla.project_into(cache, Rows(layer, pages, slots), x_td, tables, impl=impl)
         outs, start = [], 0
         for part, plan in zip(parts, plans, strict=True):
             rows = slice(start, start + part.num_tokens)
@@ -69,7 +67,7 @@ def over_cache(
 
 def _absorbed(
     mla: Mla,
-    p: Projected,
+    p: Queries,
     rows: slice,
     cache: LatentCache,
     layer: Int[Array, ""] | int,
@@ -96,7 +94,7 @@ def _absorbed(
 
 def _expanded(
     mla: Mla,
-    p: Projected,
+    p: Queries,
     rows: slice,
     cache: LatentCache,
     layer: Int[Array, ""] | int,
@@ -107,8 +105,8 @@ def _expanded(
 ) -> jax.Array:
     assert plan.prefill is not None
     latent_bsc, rope_bsp = gather_rows(cache, layer, part.page_table)
-    latent_sc = latent_bsc.reshape(-1, latent_bsc.shape[-1]).astype(p.latent.dtype)
-    rope_sp = rope_bsp.reshape(-1, rope_bsp.shape[-1]).astype(p.k_rope.dtype)
+    latent_sc = latent_bsc.reshape(-1, latent_bsc.shape[-1]).astype(p.q_nope.dtype)
+    rope_sp = rope_bsp.reshape(-1, rope_bsp.shape[-1]).astype(p.q_rope.dtype)
     # Unused rows may hold NaN; they are cleared before the product so that none can spread through
     # a reduction.
     latent_sc = jnp.where(plan.prefill.used_keys()[:, None], latent_sc, 0)

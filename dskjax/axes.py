@@ -114,6 +114,16 @@ class Sharding:
         """Pins normed rows [T, D] where attention and MLPs want them."""
         return self.constrain(x, ("batch", None))
 
+    def of_weight(self, axes: tuple[str | None, ...], value: Any, name: str) -> Any:
+        """NamedSharding of an array, or those of a QTensor or PackedInt4; see `quantised` and
+        `packed`.
+        """
+        if isinstance(value, QTensor):
+            return self.quantised(axes, value, name)
+        if isinstance(value, PackedInt4):
+            return self.packed(axes, value, name)
+        return self.of(axes, value.shape)
+
     def quantised(self, axes: tuple[str | None, ...], q: QTensor, name: str) -> QTensor:
         """NamedShardings of a QTensor's values and scales, in a QTensor of the same structure.
 
@@ -193,11 +203,7 @@ class Sharding:
         """
 
         def one(keys: tuple[Any, ...], spec: Any, value: Any) -> Any:
-            if isinstance(value, QTensor):
-                return self.quantised(spec.axes, value, _name(keys))
-            if isinstance(value, PackedInt4):
-                return self.packed(spec.axes, value, _name(keys))
-            return self.of(spec.axes, spec.shape)
+            return self.of_weight(spec.axes, value, _name(keys))
 
         is_spec = lambda s: hasattr(s, "axes")  # noqa: E731
         if params is None:

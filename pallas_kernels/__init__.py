@@ -14,6 +14,7 @@ from pallas_kernels.mla_decode import (
     schedule_mla_decode,
 )
 from pallas_kernels.mla_prefill import MlaPrefillPlan, mla_prefill
+from pallas_kernels.norm_rope_cache import norm_rope_cache
 from pallas_kernels.peer_exchange import peer_exchange
 from pallas_kernels.quant import QTensor, Recipe, dequantise, quantise
 from pallas_kernels.router import route
@@ -34,6 +35,7 @@ __all__ = [
     "matmul",
     "mla_decode",
     "mla_prefill",
+    "norm_rope_cache",
     "peer_exchange",
     "plan_mla_decode",
     "quantise",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from serve.attempts import Attempt, Books, CoordinatorConfig, Record
-from serve.engine_api import EngineHandle, Role
+from serve.engine_api import EngineHandle, Reserved, Role
 from serve.router import Router
 from serve.transfer.transport import Endpoint, KVTransport, Mode, Ticket
 
@@ -72,7 +72,7 @@ class Admission:
         assert engine is not None and prefill is not None
         return Start(engine, prefill)
 
-    def ticket(self, attempt: Attempt, hit: int, now: float) -> Ticket | None:
+    def ticket(self, attempt: Attempt, reserved: Reserved, now: float) -> Ticket | None:
         """The ticket of a reserved attempt, which may name another source; None without any."""
         queued = self._books.queued_prefill()
         if attempt.prefill in queued:
@@ -80,7 +80,7 @@ class Admission:
         if (source := self._router.pick_prefill(queued)) is None:
             return None
         config, form = self._config, self._books.engines[attempt.decode].compat
-        layerwise = attempt.prompt - hit >= config.layerwise_tokens
+        layerwise = attempt.prompt - reserved.hit_tokens >= config.layerwise_tokens
         if attempt.record.request.scored:  # layer groups do not score
             layerwise = False
         return Ticket(
@@ -89,11 +89,12 @@ class Admission:
             source=source,
             target=attempt.decode,
             tokens=attempt.prompt,
-            skip_tokens=hit,
+            skip_tokens=reserved.hit_tokens,
             page_size=form.page_size,
             layers=form.layers,
             page_bytes=form.page_bytes,
             mode=Mode.LAYERWISE if layerwise else Mode.WHOLE,
             deadline=now + config.prefill_timeout + config.transfer_timeout,
             lease=config.lease,
+            target_rank=reserved.rank,
         )

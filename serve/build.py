@@ -37,6 +37,7 @@ from serve.runner import Runner
 from serve.scheduler import Scheduler
 from serve.scheduler_config import SchedulerConfig
 from serve.transfer.pages import PagePrograms, kv_form
+from serve.transfer.pools import Pools
 from serve.transfer.transport import KVTransport
 
 
@@ -132,6 +133,8 @@ def build_engine(
     Raises:
         ValueError: the configuration does not fit the model or the memory.
     """
+    if placement.role is Role.PREFILL and (placement.dp is None or placement.ep == 1):
+        config = dataclasses.replace(config, redundant_experts=0)  # those of the decode engines
     ranks, exchange = placement.ranks, Exchange.of(placement.split)
     count = 1 if ranks is None else ranks.count
     _check_shares(config, count)
@@ -180,7 +183,7 @@ def build_engine(
     )
     link = None
     if transport is not None:
-        runner.state, link = _link(config, runner, transport, placement.role)
+        runner.state, link = _link(config, runner, transport, placement)
     runner.warm_up(progress)
     scheduler = _scheduler(config, decode, buckets, pages, model.eos_ids, form.digest, ranks)
     return Engine(
@@ -196,22 +199,24 @@ def build_engine(
 
 
 def _link(
-    config: EngineConfig, runner: Runner, transport: KVTransport, role: Role
+    config: EngineConfig, runner: Runner, transport: KVTransport, placement: Placement
 ) -> tuple[Slots, DeviceLink]:
     """The engine's end of the wire, with its programs compiled."""
+    sends, receives = placement.role is Role.PREFILL, placement.role is Role.DECODE
     trunk, layers = runner.cfg.num_hidden_layers, runner.state.cache.latent.shape[0]
     groups: set[int] = set()
-    if config.layerwise_from <= config.max_model_len:
+    whole = sends and placement.dp is not None  # steps of ranks are not cut into layer groups
+    if config.layerwise_from <= config.max_model_len and not whole:
         ranges = layer_groups(trunk, config.layer_group)
         groups = {end - first for first, end in ranges} | ({layers - trunk} - {0})
-        if role is Role.PREFILL:
+        if sends:
             runner.layerwise = LayerwisePrefill(runner.programs, config.layer_group)
             runner.layerwise.compile()
     largest, sizes = config.columns, [config.columns]
     while sizes[0] > max(largest // 16, 1):
         sizes.insert(0, -(-sizes[0] // 2))
-    programs = PagePrograms(runner.state, sizes, sorted(groups))
-    programs.compile(sends=role is Role.PREFILL, receives=role is Role.DECODE)
+    programs = PagePrograms(Pools(runner.state, placement.pools), sizes, sorted(groups))
+    programs.compile(sends=sends, receives=receives)
     return programs.warm_up(runner.state), DeviceLink(runner, programs, transport, trunk)
 
 

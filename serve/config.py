@@ -48,6 +48,8 @@ def parse_roles(
     prefill_ep: int = 1,
     decode_ep: int = 1,
     mesh: Mapping[str, int] | None = None,
+    prefill_mesh: Mapping[str, int] | None = None,
+    decode_mesh: Mapping[str, int] | None = None,
 ) -> tuple[RoleConfig, ...]:
     """Reads "ifb", "4ifb" or "2P1D".
 
@@ -59,35 +61,27 @@ def parse_roles(
         decode_ep: the same of each decode or ifb engine.
         mesh: dp, ep and tp of each ifb engine whose ranks have sequences of their own, 1 where one
             is missing; None or empty: no such ranks.
+        prefill_mesh: the same of each prefill engine.
+        decode_mesh: the same of each decode engine.
 
     Raises:
-        ValueError: not of that form, a count below 1, or a mesh beside other ways to split, or for
-            engines that do not do everything.
+        ValueError: not of that form, a count below 1, a mesh beside other ways to split, or a mesh
+            of engines that there are none of.
     """
     if min(prefill_tp, decode_tp, prefill_ep, decode_ep) < 1:
         raise ValueError(
             f"{prefill_tp=}, {decode_tp=}, {prefill_ep=} and {decode_ep=} must be at least 1"
         )
-    prefill = RoleConfig(role=Role.PREFILL, tp=prefill_tp, ep=prefill_ep)
-    decode = RoleConfig(role=Role.DECODE, tp=decode_tp, ep=decode_ep)
-    if mesh:
-        if (decode_tp, decode_ep) != (1, 1):
-            raise ValueError(
-                f"{decode_tp=} and {decode_ep=} beside mesh={dict(mesh)}: give both in the mesh"
-            )
-        decode = RoleConfig(role=Role.DECODE, **(dict(dp=1) | dict(mesh)))
+    meshes = {"mesh": mesh, "prefill_mesh": prefill_mesh, "decode_mesh": decode_mesh}
+    given = {name: dict(sizes) for name, sizes in meshes.items() if sizes}
     if match := re.fullmatch(r"(\d*)ifb", text.strip().lower()):
-        engines = int(match[1] or 1)
-        roles = (dataclasses.replace(decode, role=Role.IFB, engines=engines),)
-    elif mesh:
-        raise ValueError(
-            f"roles {text!r} with mesh={dict(mesh)}: ranks with sequences of their own are for "
-            "engines that prefill and decode together, use ifb or Nifb"
-        )
+        _check_given(text, given, ("mesh",))
+        roles = (_role(Role.IFB, int(match[1] or 1), decode_tp, decode_ep, "mesh", given),)
     elif match := re.fullmatch(r"(\d+)p(\d+)d", text.strip().lower()):
+        _check_given(text, given, ("prefill_mesh", "decode_mesh"))
         roles = (
-            dataclasses.replace(prefill, engines=int(match[1])),
-            dataclasses.replace(decode, engines=int(match[2])),
+            _role(Role.PREFILL, int(match[1]), prefill_tp, prefill_ep, "prefill_mesh", given),
+            _role(Role.DECODE, int(match[2]), decode_tp, decode_ep, "decode_mesh", given),
         )
     else:
         raise ValueError(
@@ -97,6 +91,32 @@ def parse_roles(
     if any(role.engines < 1 for role in roles):
         raise ValueError(f"roles {text!r}: each role needs at least one engine")
     return roles
+
+
+def _check_given(text: str, given: Mapping[str, dict[str, int]], known: tuple[str, ...]) -> None:
+    """Whether each mesh is for engines that `text` has.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for name, sizes in given.items():
+        if name not in known:
+            raise ValueError(f"roles {text!r} with {name}={sizes}: use {' or '.join(known)}")
+
+
+def _role(
+    role: Role, engines: int, tp: int, ep: int, name: str, given: Mapping[str, dict[str, int]]
+) -> RoleConfig:
+    """Engines that split tp and ep ways, or as the mesh of that name says.
+
+    Raises:
+        ValueError: both are given.
+    """
+    if name not in given:
+        return RoleConfig(role=role, engines=engines, tp=tp, ep=ep)
+    if (tp, ep) != (1, 1):
+        raise ValueError(f"tp={tp} and ep={ep} beside {name}={given[name]}: give both in the mesh")
+    return RoleConfig(role=role, engines=engines, **(dict(dp=1) | given[name]))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,7 +145,7 @@ class EngineConfig:
         unroll: unstack the layers' weights (`dskjax.params.unstack`): slower to compile, and on a
             GPU much faster to run.
         redundant_experts: slots of each layer's experts beyond one an expert, for copies of those
-            that many rows choose.
+            that many rows choose. Prefill engines whose ranks do not share experts have none.
         rebalance_every: steps after which the copies are dealt out anew; 0 leaves them as they are.
         memory_fraction: of a device's memory that weights, cache and scratch may take together.
         max_waiting, max_waiting_tokens: queue limits of an engine.

@@ -32,6 +32,7 @@ from serve.plan import Runner, StepPlan, StepResult, TokenEvent
 from serve.rank_scheduler import RankScheduler
 from serve.request import FinishReason, Request, Status
 from serve.scheduler import Scheduler
+from serve.transfer.pools import Home
 from serve.transfer.transport import KVForm, Part, Ticket
 
 SWITCH_SECONDS = 0.0005
@@ -174,7 +175,7 @@ class Engine:
         def add() -> None:
             assert self._link is not None
             self._prefills = True
-            self._link.begin(ticket, request, lambda: self.scheduler.pages(request.id))
+            self._link.begin(ticket, request, lambda: self._home(request))
             self._add(request)
 
         self._do(add)
@@ -349,7 +350,8 @@ class Engine:
         if hit is None:
             self._post(Refused(self.name, request.id, "no slot or no pages"))
         else:
-            self._post(Reserved(self.name, request.id, hit))
+            rank = self._home(request).rank
+            self._post(Reserved(self.name, request.id, hit, rank))
 
     def _drop(self, request_id: str) -> None:
         if self._link is not None:
@@ -358,10 +360,16 @@ class Engine:
     def _receive(self, ticket: Ticket, part: Part) -> None:
         assert self._link is not None
         request = self.scheduler.find(ticket.transfer_id)
-        expected = request is not None and request.status is Status.RECEIVING
-        pages = self.scheduler.pages(ticket.transfer_id) if expected else None
-        slot = request.slot if request is not None else -1
-        self._link.receive(ticket, part, pages, slot)
+        home = None
+        if request is not None and request.status is Status.RECEIVING:
+            home = self._home(request)
+            assert home.rank == ticket.target_rank, (ticket, home)
+        self._link.receive(ticket, part, home)
+
+    def _home(self, request: Request) -> Home:
+        rank = self.scheduler.rank_of(request.id)
+        assert rank is not None, request
+        return Home(rank, request.slot, self.scheduler.pages(request.id))
 
     def _snapshot(self) -> EngineLoad:
         stats, config = self.scheduler.stats(), self.scheduler.config

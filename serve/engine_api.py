@@ -63,11 +63,13 @@ class Reserved:
         engine: which.
         request_id: the attempt's id.
         hit_tokens: tokens whose rows it has already, whole pages from the front.
+        rank: which of its ranks has them; 0 where there are none.
     """
 
     engine: str
     request_id: str
     hit_tokens: int
+    rank: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Deals the copies of busy experts out anew while an engine serves.
 
     count    the step counts, on the device, the rows that chose each expert (padding chooses none)
-    plan     every N steps: from the counts since the last time, in a thread of its own
+    plan     every N steps: from the counts since the last time, in a thread that ends with it
     move     one layer a step: its weights are copied beside the steps, and put in place between two
 
 No step waits for any of it: counts are read when they have arrived, a plan is taken up when it is
@@ -71,7 +71,6 @@ class ExpertBalancer:
         self._sum = jax.jit(lambda loads: loads.sum(axis=0), out_shardings=sharding.of(()))
         self._seen: np.ndarray | None = None  # counts as of the last rebalance
         self._counts: Any = None  # on their way to the host
-        self._planner = ThreadPoolExecutor(1, thread_name_prefix="expert-planner")
         self._plan: Future[tuple[Replan, Balance]] | None = None
         self._layers: collections.deque[int] = collections.deque()  # still to be moved
         self._rows: np.ndarray | None = None  # the expert to come in each slot, by layer
@@ -144,7 +143,9 @@ class ExpertBalancer:
             after = load(found.placement.phy2log)
             return found, Balance(load(current.phy2log), after, len(found.moves))
 
-        self._plan = self._planner.submit(work)
+        planner = ThreadPoolExecutor(1, thread_name_prefix="expert-planner")
+        self._plan = planner.submit(work)
+        planner.shutdown(wait=False)  # the thread ends with its plan, so nobody has to end it
 
     def _take_up(self, found: Replan, balance: Balance) -> None:
         self._plan, self._balance = None, balance

@@ -152,7 +152,7 @@ class Lifecycle:
                 self._on_tokens(event)
             case Reserved():
                 if attempt := self._waiting(event.request_id, Phase.RESERVING):
-                    self._on_reserved(attempt, event.hit_tokens)
+                    self._on_reserved(attempt, event)
             case Refused():
                 if attempt := self._waiting(event.request_id, Phase.RESERVING):
                     self._on_refused(attempt, event)
@@ -245,9 +245,9 @@ class Lifecycle:
             return None
         return attempt
 
-    def _on_reserved(self, attempt: Attempt, hit: int) -> None:
+    def _on_reserved(self, attempt: Attempt, event: Reserved) -> None:
         record = attempt.record
-        if (ticket := self._admission.ticket(attempt, hit, self.now)) is None:
+        if (ticket := self._admission.ticket(attempt, event, self.now)) is None:
             self._fail(attempt, "no prefill engine is left")
             return
         try:

@@ -6,7 +6,7 @@ launches, which is what makes reuse of pages safe on either side.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -18,10 +18,11 @@ from serve.request import Request
 from serve.runner import Runner
 from serve.transfer.checks import PendingChecks
 from serve.transfer.pages import PagePrograms
+from serve.transfer.pools import Home
 from serve.transfer.transport import KVTransport, Mode, Part, Ticket
 
-Pages = Callable[[], Sequence[int]]
-"""The pages that a request has now, from its first token on."""
+Where = Callable[[], Home]
+"""Where a request is now."""
 
 
 @runtime_checkable
@@ -33,7 +34,7 @@ class Link(Protocol):
         """Checksums are still being computed."""
         ...
 
-    def begin(self, ticket: Ticket, request: Request, pages: Pages) -> None:
+    def begin(self, ticket: Ticket, request: Request, where: Where) -> None:
         """A request with a ticket is queued; its prefill is still to come."""
         ...
 
@@ -45,8 +46,8 @@ class Link(Protocol):
         """A request that began ends early; unknown ids are ignored."""
         ...
 
-    def receive(self, ticket: Ticket, part: Part, pages: Sequence[int] | None, slot: int) -> None:
-        """Installs a part; without pages nobody here expects it, and it is dropped."""
+    def receive(self, ticket: Ticket, part: Part, home: Home | None) -> None:
+        """Installs a part; without a home nobody here expects it, and it is dropped."""
         ...
 
     def installed(self, engine: str) -> list[Installed]:
@@ -59,8 +60,7 @@ class _Sending:
     """A transfer under way; `sent` is the first page whose trunk layers were not pushed yet."""
 
     ticket: Ticket
-    request: Request
-    pages: Pages
+    where: Where
     sent: int
     parts: int = 0
 
@@ -89,9 +89,9 @@ class DeviceLink:
         """See `Link`."""
         return bool(len(self._checks) or self._dropped)
 
-    def begin(self, ticket: Ticket, request: Request, pages: Pages) -> None:
+    def begin(self, ticket: Ticket, request: Request, where: Where) -> None:
         """See `Link`."""
-        sending = _Sending(ticket, request, pages, ticket.pages[0])
+        sending = _Sending(ticket, where, ticket.pages[0])
         self._sending[request.id] = sending
         if ticket.mode is Mode.LAYERWISE and self._runner.layerwise is not None:
             self._runner.senders[request.id] = functools.partial(self._send_group, sending)
@@ -117,18 +117,17 @@ class DeviceLink:
         self._sending.pop(request_id, None)
         self._runner.senders.pop(request_id, None)
 
-    def receive(self, ticket: Ticket, part: Part, pages: Sequence[int] | None, slot: int) -> None:
+    def receive(self, ticket: Ticket, part: Part, home: Home | None) -> None:
         """See `Link`."""
-        if pages is None:
+        if home is None:
             self._dropped.append((ticket.transfer_id, part.index, False))
             return
-        first, end = part.pages
         self._runner.state, actual = self._programs.install(
             self._runner.state,
             part.arrays,
-            pages[first:end],
+            home,
+            part.pages,
             part.layers,
-            slot,
             hidden="hidden" in part.arrays,
         )
         self._checks.add(ticket.transfer_id, part.index, part.checksum, actual)
@@ -162,9 +161,7 @@ class DeviceLink:
         last: bool = False,
         hidden: bool = False,
     ) -> None:
-        arrays, checksum = self._programs.extract(
-            state, sending.pages()[slice(*pages)], layers, sending.request.slot, hidden
-        )
+        arrays, checksum = self._programs.extract(state, sending.where(), pages, layers, hidden)
         part = Part(
             index=sending.parts,
             is_last=last,

@@ -1,8 +1,10 @@
 """Which devices an engine has, how it splits the work over them, and its weights there."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dskjax.axes import Sharding
 from dskjax.config import ModelConfig
@@ -13,6 +15,7 @@ from dskjax.mesh import make_mesh, preset
 from dskjax.model import param_specs
 from dskjax.params import Params, unstack
 from serve.engine_api import Role
+from serve.transfer.local import Place
 
 
 class Placement(NamedTuple):
@@ -48,6 +51,23 @@ class Placement(NamedTuple):
         """Whole copies on every device."""
         split = self.split
         return jax.sharding.SingleDeviceSharding(self.devices[0]) if split is None else split.of(())
+
+    @property
+    def pools(self) -> tuple[Any, ...]:
+        """Where the pages of each rank lie: whole on each device of the rank. One without ranks."""
+        ranks = self.ranks
+        if ranks is None:
+            return (self.sharding,)
+        one_each = NamedSharding(ranks.sharding.mesh, PartitionSpec(ranks.axes))
+        devices: list[list[Any]] = [[] for _ in range(ranks.count)]
+        for device, (index,) in one_each.devices_indices_map((ranks.count,)).items():
+            devices[index.start or 0].append(device)
+        return tuple(NamedSharding(Mesh(own, ("copies",)), PartitionSpec()) for own in devices)
+
+    def mover(self) -> Place:
+        """Takes parts of transfers, from wherever they are, to the ranks that they are for."""
+        pools = self.pools
+        return lambda parts, ranks: jax.device_put(parts, [pools[rank] for rank in ranks])
 
 
 def place_params(
@@ -85,6 +105,8 @@ def place_params(
         params = unstack(params)
         if ranks is not None:
             params = jax.device_put(params, ranks.weights(params, cfg))
-    if split is None and ranks is None:
+    if ranks is not None and ranks.manual == set(ranks.sharding.mesh.axis_names):
+        params = pack_where_read(params, functools.partial(ranks.weights, cfg=cfg))
+    elif split is None and ranks is None:
         params = pack_where_read(params)
     return params, cfg

@@ -1,6 +1,7 @@
 """The scheduler of an engine whose ranks have queues, slots and pages of their own.
 
     add(request) -> the rank with most free room; a request never moves
+    reserve()    -> the same for a request whose cache comes from another engine
     schedule()   -> every rank plans for itself, all agree on sizes: one step, or none
     apply()      -> every rank takes in what the step did for its own rows
 
@@ -191,7 +192,7 @@ class RankScheduler:
             OverloadedError: that rank's queue is full.
         """
         self.check(request)
-        self.ranks[roomiest(self.ranks, request)].add(request, now, force=force)
+        self.ranks[by_room(self.ranks, request)[0]].add(request, now, force=force)
 
     def abort(self, request_id: str, *, spoiled: bool = False) -> Request | None:
         """See `Scheduler.abort`."""
@@ -202,13 +203,14 @@ class RankScheduler:
         self, request_id: str, reason: FinishReason, keep_tokens: int | None = None
     ) -> Request | None:
         """See `Scheduler.finish`."""
-        at = self.rank_of(request_id)
-        return None if at is None else self.ranks[at].finish(request_id, reason, keep_tokens)
+        ended = [rank.finish(request_id, reason, keep_tokens) for rank in self.ranks]
+        return next((request for request in ended if request is not None), None)
 
     def reserve(self, request: Request, now: float | None = None) -> int | None:
-        """See `Scheduler.reserve`; at the rank that will have most free room with it."""
+        """See `Scheduler.reserve`; the ranks are asked in turn, the one with most room first."""
         self.check(request)
-        return self.ranks[roomiest(self.ranks, request)].reserve(request, now)
+        hits = (self.ranks[at].reserve(request, now) for at in by_room(self.ranks, request))
+        return next((hit for hit in hits if hit is not None), None)
 
     def start_received(self, request_id: str, tokens: Sequence[int]) -> None:
         """See `Scheduler.start_received`.
@@ -223,12 +225,8 @@ class RankScheduler:
 
     def release(self, request_id: str, *, failed: bool = False) -> Request | None:
         """See `Scheduler.release`."""
-        at = self.rank_of(request_id)
-        return (
-            self.abort(request_id)
-            if at is None
-            else self.ranks[at].release(request_id, failed=failed)
-        )
+        ended = [rank.release(request_id, failed=failed) for rank in self.ranks]
+        return next((request for request in ended if request is not None), None)
 
     # ---- steps
 
@@ -279,9 +277,10 @@ class RankScheduler:
         drafting.observe(plan.sizes.rows, plan.drafts, seconds, accepted, offered)
 
 
-def roomiest(ranks: Sequence[Scheduler], request: Request) -> int:
-    """The rank that will have most free room when it has the request: a free slot first, then free
-    pages. Those of its prefix cache that the request shares are free twice: they are not taken.
+def by_room(ranks: Sequence[Scheduler], request: Request) -> list[int]:
+    """The ranks, first the one that will have most free room when it has the request: a free slot
+    first, then free pages. Those of its prefix cache that the request shares are free twice: they
+    are not taken.
     """
 
     def room(at: int) -> tuple[bool, int, int, int]:
@@ -294,7 +293,7 @@ def roomiest(ranks: Sequence[Scheduler], request: Request) -> int:
         shared = [] if request.scored else scheduler.blocks.match(request.tokens, request.salt)
         return (slots > 0, pages + len(shared), slots, -at)
 
-    return max(range(len(ranks)), key=room)
+    return sorted(range(len(ranks)), key=room, reverse=True)
 
 
 def _rows(result: StepResult, first: int, part: StepPlan) -> StepResult:

@@ -97,6 +97,10 @@ class Scheduler:
         entry = self._residents.entries.get(request_id)
         return None if entry is None else entry.request
 
+    def rank_of(self, request_id: str) -> int | None:
+        """0 for a request that has not ended, as of a single rank."""
+        return None if self.find(request_id) is None else 0
+
     def pages(self, request_id: str) -> list[int]:
         """Pages of a request that has a slot, from its first token on; for a transfer.
 

@@ -114,7 +114,7 @@ def simulate(
     clock, costs = Clock(), costs or Costs()
     prefills = [f"p{i}" for i in range(prefill)]
     decodes = [f"d{i}" for i in range(len(decode))]
-    places = {name: lambda packet: packet for name in prefills + decodes}
+    places = {name: lambda packet, ranks: packet for name in prefills + decodes}
     transport = LocalTransport(places, clock=clock, threads=False)
     requests = [_request(i, arrival) for i, arrival in enumerate(load)]
     first: dict[str, float] = {}

@@ -180,7 +180,7 @@ def build_server(options: ServerOptions, console: Console) -> Server:
         mailbox,
         transport=transport,
         router=router,
-        config=options.coordinator or _limits(options.engine),
+        config=options.coordinator or _limits(options),
         on_transfer=TransferObserver(by_engine),
     )
     service = Service(
@@ -201,19 +201,19 @@ def build_server(options: ServerOptions, console: Console) -> Server:
 _METRIC_ROLES: dict[Role, Any] = {Role.IFB: "both", Role.PREFILL: "prefill", Role.DECODE: "decode"}
 
 
-def _limits(engine: EngineConfig) -> CoordinatorConfig:
-    return CoordinatorConfig(max_queue=engine.max_waiting, layerwise_tokens=engine.layerwise_from)
+def _limits(options: ServerOptions) -> CoordinatorConfig:
+    engine = options.engine
+    layerwise = engine.layerwise_from
+    if any(role.role is Role.PREFILL and role.dp is not None for role in options.roles):
+        layerwise = engine.max_model_len + 1  # ranks send whole
+    return CoordinatorConfig(max_queue=engine.max_waiting, layerwise_tokens=layerwise)
 
 
 def _transport(options: ServerOptions, placements: list[Placement]) -> LocalTransport:
     faults = Faults.parse(options.faults) if options.faults else None
     if faults is not None:
         log.warning("transfers fail on purpose: %s", options.faults)
-
-    def mover(placement: Placement) -> Any:
-        return lambda arrays: jax.device_put(arrays, placement.sharding)
-
-    return LocalTransport({p.name: mover(p) for p in placements}, faults=faults)
+    return LocalTransport({p.name: p.mover() for p in placements}, faults=faults)
 
 
 def _say(console: Console, placement: Placement, done: int, total: int, what: str) -> None:

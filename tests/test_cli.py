@@ -254,6 +254,8 @@ def no_start(monkeypatch):
     [
         ([EXAMPLE, "--roles", "2P"], ["'2P'", "1P1D"]),
         ([EXAMPLE, "--roles", "0P1D"], ["'0P1D'", "at least one engine"]),
+        ([EXAMPLE, "--roles", "1P1D", "--mesh", "dp=2"], ["mesh={'dp': 2", "decode_mesh"]),
+        ([EXAMPLE, "--decode-mesh", "dp=2"], ["decode_mesh={'dp': 2", "use mesh"]),
         ([EXAMPLE, "--prefill-tp", "0"], ["prefill_tp=0"]),
         ([EXAMPLE, "--router", "best"], ["'best'", "remaining-slots"]),
         ([EXAMPLE, "--accept", "hope"], ["'hope'", "rejection"]),

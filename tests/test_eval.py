@@ -1,5 +1,6 @@
 """Bits per byte: what is predicted, what is counted, and the command around it."""
 
+import functools
 import json
 import lzma
 import math
@@ -101,6 +102,9 @@ def test_impossible_windows_are_refused(context, stride, what):
 # ------------------------------------------------------------------ log-probabilities
 
 
+whole = jax.jit(functools.partial(model.apply, cfg=CFG))
+
+
 def log_softmax(logits):
     logits = np.asarray(logits, np.float64)
     return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
@@ -113,7 +117,7 @@ def test_logprobs_are_those_of_the_next_token(params, monkeypatch, at_once):
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 6144, (2, 8)), jnp.int32)
     heat = jnp.asarray([0.5, 2.0])
     got = token_logprobs(params, ids, cfg=CFG, temperature=heat)
-    logp = log_softmax(model.apply(params, ids, cfg=CFG) / heat[:, None, None])
+    logp = log_softmax(whole(params, ids) / heat[:, None, None])
     want = np.take_along_axis(logp[:, :-1], np.asarray(ids)[:, 1:, None], axis=2)[..., 0]
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
@@ -124,7 +128,6 @@ def test_packed_windows_score_like_windows_alone(params, tokenizer):
     scored = evaluation.score_text(
         params, CFG, DOCUMENTS, tokenizer, context=context, stride=stride, batch_size=3
     )
-    whole = jax.jit(lambda ids: model.apply(params, ids, cfg=CFG))
     for n, document in enumerate(TEXTS):
         ids = [0, *tokenizer.encode(document, parse_special=False)]
         nats, done = 0.0, 1
@@ -132,7 +135,7 @@ def test_packed_windows_score_like_windows_alone(params, tokenizer):
             start = 0 if done == 1 else done - (context - stride)
             window = ids[start : start + context]
             padded = jnp.asarray([window + [0] * (context - len(window))])
-            logp = log_softmax(whole(padded)[0])
+            logp = log_softmax(whole(params, padded)[0])
             for at in range(done - start, len(window)):
                 nats -= logp[at - 1, window[at]]
             done = start + len(window)

@@ -40,6 +40,10 @@ def serve(
             help="Like dp=2,ep=4: the ranks of each ifb engine have requests of their own."
         ),
     ] = "",
+    prefill_mesh: Annotated[
+        str, typer.Option(help="The same for prefill engines; they send caches whole.")
+    ] = "",
+    decode_mesh: Annotated[str, typer.Option(help="The same for decode engines.")] = "",
     router: Annotated[
         str, typer.Option(help="remaining-slots, round-robin, request-count or kv-size.")
     ] = "remaining-slots",
@@ -93,7 +97,8 @@ def serve(
         typer.Option(help="Compile every layer on its own: faster steps. Default: on a GPU."),
     ] = None,
     redundant_experts: Annotated[
-        int, typer.Option(help="Slots of each layer for copies of busy experts; needs --mesh.")
+        int,
+        typer.Option(help="Slots of each layer for copies of busy experts; needs a mesh."),
     ] = 0,
     rebalance_every: Annotated[
         int, typer.Option(help="Steps after which copies are dealt out anew; 0 never.")
@@ -144,6 +149,8 @@ def serve(
         prefill_ep=prefill_ep,
         decode_ep=decode_ep,
         mesh=parse_mesh(mesh),
+        prefill_mesh=parse_mesh(prefill_mesh),
+        decode_mesh=parse_mesh(decode_mesh),
     )
     needed = sum(role.devices for role in parsed)
     if needed > 1 and jax.config.jax_num_cpu_devices < needed:

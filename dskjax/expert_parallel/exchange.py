@@ -186,7 +186,9 @@ class Exchange:
     def _manual_axes(self, mesh: Mesh) -> set[str]:
         if self.transport == "peer":  # a kernel that reaches peers wants to know where it is
             return set(mesh.axis_names)
-        return {*self.rows, *(() if self.mode == "local" else (self.axis,))}
+        # An axis that nothing is split over is named too: kernels run where no axis is XLA's.
+        whole = {axis for axis, size in mesh.shape.items() if size == 1}
+        return {*self.rows, *(() if self.mode == "local" else (self.axis,))} | whole
 
     def _on_rank(
         self,

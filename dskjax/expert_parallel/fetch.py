@@ -21,7 +21,6 @@ from dskjax.config import ModelConfig
 from dskjax.expert_parallel.exchange import Exchange
 from dskjax.layers.moe import Experts
 from dskjax.params import Params, specs_of
-from pallas_kernels.quant import QTensor
 
 
 @jax.tree_util.register_dataclass
@@ -100,11 +99,7 @@ class Owners:
         out = {}
         for name, value in experts.items():
             axes = (("layers",) if stacked else ()) + declared[name].axes
-            where = (
-                self.sharding.quantised(axes, value, f"experts.{name}")
-                if isinstance(value, QTensor)
-                else self.sharding.of(axes, value.shape)
-            )
+            where = self.sharding.of_weight(axes, value, f"experts.{name}")
             out[name] = jax.tree.map(lambda x: x.spec, where)
         return out
 
@@ -129,7 +124,8 @@ def fetch(
     """The buffer of a layer: the weights of each slot from the slot that the routes name.
 
     Args:
-        stack: `gate_up_proj` and `down_proj` of all layers, [L, slots, ...], arrays or QTensors.
+        stack: `gate_up_proj` and `down_proj` of all layers, [L, slots, ...]; arrays, QTensors
+            or packed.
         layer: which layer.
         routes: of `Owners.routes`.
         slots: how many are filled.

@@ -16,25 +16,47 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dskjax.config import ModelConfig
 from dskjax.layers.norm import RmsNorm
-from dskjax.layers.rope import rotate
 from dskjax.params import Module, weight
-from pallas_kernels import dequantise, matmul
+from pallas_kernels import LatentCache, dequantise, matmul, norm_rope_cache
+from pallas_kernels.norm_rope_cache.xla import norm_rope
+from pallas_kernels.rope import rotate
 
 Tables = tuple[jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class Projected:
-    """What one layer needs of its tokens: queries per head, and the row that goes to the cache."""
+class Queries:
+    """Of each token and head, the rope part rotated."""
 
     q_nope: Float[Array, "T H N"]
     q_rope: Float[Array, "T H P"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Projected(Queries):
+    """What one layer needs of its tokens: queries per head, and the row that a cache would hold."""
+
     latent: Float[Array, "T C"]
     k_rope: Float[Array, "T P"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Where the rows of tokens go in the cache.
+
+    Attributes:
+        layer: of the pool.
+        pages: of each token; one outside the pool drops the row.
+        slots: places in the pages.
+    """
+
+    layer: Int[Array, ""] | int
+    pages: Int[Array, " T"]
+    slots: Int[Array, " T"]
 
 
 class Mla(Module):
@@ -65,21 +87,57 @@ class Mla(Module):
 
     def project(self, x_td: Float[Array, "T D"], tables: Tables, *, impl: str) -> Projected:
         """Queries, latent and rope key of each token, rotated to its position."""
-        mla = self.cfg.mla
+        q_a, kv_a = self._compress(x_td, impl)
         with jax.named_scope("q"):
-            if mla.q_lora_rank is None:
-                q = matmul(x_td, self.q_proj[...], impl=impl)
-            else:
-                c_q = self.q_a_layernorm(matmul(x_td, self.q_a_proj[...], impl=impl))
-                q = matmul(c_q, self.q_b_proj[...], impl=impl)
-            q_thd = q.reshape(x_td.shape[0], self.cfg.num_attention_heads, mla.qk_head_dim)
-            q_nope, q_rope = jnp.split(q_thd, [mla.qk_nope_head_dim], axis=-1)  # nope first
+            queries = self._queries(x_td if q_a is None else self.q_a_layernorm(q_a), tables, impl)
         with jax.named_scope("kv"):
-            c_kv, k_rope = jnp.split(
-                matmul(x_td, self.kv_a_proj_with_mqa[...], impl=impl), [mla.kv_lora_rank], axis=-1
-            )
-            latent = self.kv_a_layernorm(c_kv)  # the rope key is not normed
-        return Projected(q_nope, rotate(q_rope, tables), latent, rotate(k_rope, tables))
+            norm = self.kv_a_layernorm
+            latent, k_rope = norm_rope(kv_a, norm.weight[...], tables, norm.eps)
+        return Projected(queries.q_nope, queries.q_rope, latent, k_rope)
+
+    def project_into(
+        self,
+        cache: LatentCache,
+        rows: Rows,
+        x_td: Float[Array, "T D"],
+        tables: Tables,
+        *,
+        impl: str,
+    ) -> tuple[Queries, LatentCache]:
+        """`project`, with latents and rope keys written to the cache."""
+        q_a, kv_a = self._compress(x_td, impl)
+        c_q, written = norm_rope_cache(
+            q_a,
+            None if q_a is None else self.q_a_layernorm.weight[...],
+            kv_a,
+            self.kv_a_layernorm.weight[...],
+            tables,
+            cache,
+            rows.layer,
+            rows.pages,
+            rows.slots,
+            eps=self.cfg.mla.norm_eps,
+            impl=impl,
+        )
+        with jax.named_scope("q"):
+            return self._queries(x_td if c_q is None else c_q, tables, impl), written
+
+    def _compress(self, x_td: jax.Array, impl: str) -> tuple[jax.Array | None, jax.Array]:
+        """W_DQ x, None where queries are not compressed, and [W_DKV; W_KR] x."""
+        with jax.named_scope("compress"):
+            q_a = None
+            if self.cfg.mla.q_lora_rank is not None:
+                q_a = matmul(x_td, self.q_a_proj[...], impl=impl)
+            return q_a, matmul(x_td, self.kv_a_proj_with_mqa[...], impl=impl)
+
+    def _queries(self, c_q: jax.Array, tables: Tables, impl: str) -> Queries:
+        """Of c_q, or of x where queries are not compressed."""
+        mla = self.cfg.mla
+        weight = self.q_proj if mla.q_lora_rank is None else self.q_b_proj
+        q = matmul(c_q, weight[...], impl=impl)
+        q_thd = q.reshape(c_q.shape[0], self.cfg.num_attention_heads, mla.qk_head_dim)
+        q_nope, q_rope = jnp.split(q_thd, [mla.qk_nope_head_dim], axis=-1)  # nope first
+        return Queries(q_nope, rotate(q_rope, tables))
 
     def expand(
         self, latent_sc: Float[Array, "S C"], *, impl: str

@@ -1,10 +1,9 @@
 """RMSNorm with fp32 statistics."""
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dskjax.params import Module, weight
+from pallas_kernels.rms_norm import rms_norm
 
 
 class RmsNorm(Module):
@@ -18,6 +17,4 @@ class RmsNorm(Module):
 
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
         """Normalises the last axis."""
-        x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return self.weight[...] * normed.astype(x.dtype)
+        return rms_norm(x, self.weight[...], self.eps)

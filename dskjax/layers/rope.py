@@ -49,17 +49,6 @@ def rope_tables(
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
-def rotate(
-    x: Float[Array, "T *H P"], tables: tuple[Float[Array, "T half"], Float[Array, "T half"]]
-) -> Float[Array, "T *H P"]:
-    """Rotates half-split channels; computed in fp32, returned in x's dtype."""
-    cos, sin = (t.reshape(t.shape[0], *(1,) * (x.ndim - 2), t.shape[1]) for t in tables)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate(
-        [first * cos - second * sin, second * cos + first * sin], axis=-1
-    ).astype(x.dtype)
-
-
 def half_split_order(dim: int) -> np.ndarray:
     """Row order that turns interleaved rotary channels into half-split ones: 0, 2, 4, ... 1, 3, 5,
     ...

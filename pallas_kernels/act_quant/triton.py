@@ -47,13 +47,54 @@ def act_quant(
         tiles: how work is cut.
         interpret: run on a CPU.
     """
-    tiles = tiles or Tiles()
     *lead, columns = x.shape
     width = recipe.block[1] or columns
     per_row = -(-columns // width)
-    rows = x.reshape(-1, columns if columns % width else width)
-    step = pl.next_power_of_2(width)
     count = math.prod(lead) * per_row
+    values, scales = _run(x, recipe, x.shape, (count,), tiles or Tiles(), interpret)
+    return QTensor(values, scales.reshape(*lead, per_row), (1, width), "e4m3")
+
+
+def quantise_by_column(
+    x: Float[Array, "T K"],
+    recipe: Recipe,
+    *,
+    rows: int,
+    scale_rows: int,
+    interpret: bool = False,
+) -> tuple[Float[Array, "R K"], Float[Array, "B S"]]:
+    """The same as a kernel may read it: all scales of a block of columns next to each other, and
+    room for more rows, which hold anything.
+
+    Args:
+        x: rows.
+        recipe: with a scale per block of columns; K a multiple of that.
+        rows: of the values, at least T.
+        scale_rows: of the scales, at least T.
+        interpret: run on a CPU.
+
+    Returns:
+        Values [rows, K] and scales [K / block, scale_rows].
+    """
+    assert min(rows, scale_rows) >= x.shape[0] and x.shape[1] % recipe.block[1] == 0
+    blocks = x.shape[1] // recipe.block[1]
+    return _run(x, recipe, (rows, x.shape[1]), (blocks, scale_rows), Tiles(), interpret)
+
+
+def _run(
+    x: jax.Array,
+    recipe: Recipe,
+    shape: tuple[int, ...],
+    scales_shape: tuple[int, ...],
+    tiles: Tiles,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Values of that shape and scales of that: one after the other, or [blocks, rows]."""
+    columns = x.shape[-1]
+    width = recipe.block[1] or columns
+    one_row = columns if columns % width else width  # else a row of `x_ref` is a tile
+    step = pl.next_power_of_2(width)
+    count = math.prod(x.shape[:-1]) * -(-columns // width)
     at_once = max(1, tiles.elements // step)
     warps = min(max(at_once * step // tiles.per_thread // 32, 1), 16)
     kernel = functools.partial(
@@ -62,16 +103,15 @@ def act_quant(
     values, scales = pl.pallas_call(
         kernel,
         out_shape=[
-            jax.ShapeDtypeStruct(rows.shape, jnp.float8_e4m3fn),
-            jax.ShapeDtypeStruct((count,), jnp.float32),
+            jax.ShapeDtypeStruct((math.prod(shape) // one_row, one_row), jnp.float8_e4m3fn),
+            jax.ShapeDtypeStruct(scales_shape, jnp.float32),
         ],
         grid=(-(-count // at_once),),
         compiler_params=compiler_params(warps),
         interpret=interpret,
         name="act_quant",
-    )(rows)
-    scales = scales.reshape(*lead, per_row)
-    return QTensor(values.reshape(x.shape), scales, (1, width), "e4m3")
+    )(x.reshape(-1, one_row))
+    return values.reshape(shape), scales
 
 
 def _kernel(
@@ -95,4 +135,6 @@ def _kernel(
     x = plt.load(x_ref.at[where], mask=is_real, other=0.0).astype(jnp.float32)
     values, scales = quantise_tiles(x, recipe, interpret)
     plt.store(values_ref.at[where], values, mask=is_real)
-    plt.store(scales_ref.at[tile], scales, mask=row < rows)
+    blocks = scales_ref.shape[0]
+    place = (tile,) if scales_ref.ndim == 1 else (tile % blocks, tile // blocks)
+    plt.store(scales_ref.at[place], scales, mask=row < rows)

@@ -114,13 +114,26 @@ class Block(Kernel):
         self.me, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
         self.items, self.loaded_items = (
             lax.div(
-                refs.counts[i] * self.g.items - self.me + (self.g.thread_blocks - 1),
+                count * self.g.items - self.me + (self.g.thread_blocks - 1),
                 self.g.thread_blocks,
             )
-            for i in range(2)
+            for count in self.counts()
         )
         pl.when(warpgroup == 2)(self._load)
         pl.when(warpgroup < 2)(lambda: self._multiply(warpgroup))
+
+    def counts(self) -> tuple[Any, Any]:
+        """How many tiles there are, and how many of these have an expert."""
+        return self.refs.counts[0], self.refs.counts[1]
+
+    def tile(self, index: jax.Array) -> tuple[Any, Any, Any, Any]:
+        """A tile's columns of `Work.tiles`."""
+        tiles = self.refs.tiles
+        return tiles[index, EXPERT], tiles[index, FIRST], tiles[index, SKIP], tiles[index, ROWS]
+
+    def first_output(self, outputs: jax.Array) -> jax.Array:
+        """Of an item of a tile."""
+        return outputs * self.g.tiles.outputs
 
     def item(self, order: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(tile, block of outputs) of this thread block's item."""
@@ -156,7 +169,7 @@ class Block(Kernel):
 
         def item(order: jax.Array, _: Any) -> Any:
             tile, outputs = self.item(order)
-            expert, row = refs.tiles[tile, EXPERT], refs.tiles[tile, FIRST]
+            expert, row, _, _ = self.tile(tile)
 
             def copy(slot: jax.Array, load: jax.Array) -> None:
                 self.copy(slot, expert, row, outputs, load)
@@ -195,17 +208,40 @@ class Block(Kernel):
 
         def item(order: jax.Array, _: Any) -> Any:
             tile, outputs = self.item(order)
-            expert, first, skip, rows = (
-                self.refs.tiles[tile, column] for column in (EXPERT, FIRST, SKIP, ROWS)
-            )
-            sums = self.sums(warpgroup, order, expert, first, outputs).astype(jnp.bfloat16)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            store = self._store_columns if self.weights_left else self._store_rows
-            store(warpgroup, sums, outputs, first, skip, skip + rows)
+            expert, first, skip, rows = self.tile(tile)
+            sums = self.sums(warpgroup, order, expert, first, outputs)
+            self.store(warpgroup, sums, expert, outputs, first, skip, skip + rows)
             return 0
 
         lax.fori_loop(0, self.items, item, 0)
         plgpu.wait_smem_to_gmem(0)
+
+    def store(
+        self,
+        warpgroup: jax.Array,
+        sums: jax.Array,
+        expert: jax.Array,
+        outputs: jax.Array,
+        first: jax.Array,
+        begin: Any,
+        end: Any,
+    ) -> None:
+        """Starts to store this warpgroup's half of an item.
+
+        Args:
+            warpgroup: 0 or 1.
+            sums: what `sums` returns.
+            expert: -1 for none.
+            outputs: which item of the tile.
+            first: row of the tile.
+            begin: the first row that is stored, counted from there.
+            end: the row after the last.
+        """
+        del expert
+        results = sums.astype(jnp.bfloat16)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        store = self._store_columns if self.weights_left else self._store_rows
+        store(warpgroup, results, outputs, first, begin, end)
 
     def _store_columns(
         self,
@@ -213,14 +249,14 @@ class Block(Kernel):
         sums: jax.Array,
         outputs: jax.Array,
         first: jax.Array,
-        begin: jax.Array,
-        end: jax.Array,
+        begin: Any,
+        end: Any,
     ) -> None:
         staged = self.refs.staged.at[warpgroup]
         transposed = plgpu.layout_cast(sums, plgpu.Layout.WGMMA_TRANSPOSED)
         staged.transpose((1, 0))[...] = transposed
         plgpu.commit_smem()
-        columns = pl.ds(outputs * OUTPUTS + warpgroup * 64, 64)
+        columns = pl.ds(self.first_output(outputs) + warpgroup * 64, 64)
         _copy_rows(staged, self.refs.out.at[:, columns], first, begin, end)
 
     def _store_rows(
@@ -229,31 +265,31 @@ class Block(Kernel):
         sums: jax.Array,
         outputs: jax.Array,
         first: jax.Array,
-        begin: jax.Array,
-        end: jax.Array,
+        begin: Any,
+        end: Any,
     ) -> None:
         mine = warpgroup * 64
         begin, end = (jnp.clip(row - mine, 0, 64) for row in (begin, end))
 
         def copy(staged: Any, column: int) -> None:
-            columns = pl.ds(outputs * self.g.tiles.outputs + column, 64)
+            columns = pl.ds(self.first_output(outputs) + column, 64)
             _copy_rows(staged, self.refs.out.at[:, columns], first + mine, begin, end)
 
         store_by_columns(sums, self.refs.staged.at[warpgroup], copy)
 
 
 def store_by_columns(values: jax.Array, staged: Any, copy: Callable[[Any, int], None]) -> None:
-    """Stores a warpgroup's bf16 [64, columns] by way of shared memory [n, 64, 64], which nothing
-    must be reading: n pieces of 64 columns at once. `copy` is called with a staged piece and its
+    """Stores a warpgroup's [64, columns] by way of shared memory [n, 64, width], which nothing must
+    be reading: n pieces of `width` columns at once. `copy` is called with a staged piece and its
     first column.
     """
-    together = staged.shape[0]
-    for first in range(0, values.shape[1], 64 * together):
+    together, _, width = staged.shape
+    for first in range(0, values.shape[1], width * together):
         if first:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        pieces = range(first, min(first + 64 * together, values.shape[1]), 64)
+        pieces = range(first, min(first + width * together, values.shape[1]), width)
         for slot, column in enumerate(pieces):
-            staged.at[slot][...] = values[:, column : column + 64]
+            staged.at[slot][...] = values[:, column : column + width]
         plgpu.commit_smem()
         for slot, column in enumerate(pieces):
             copy(staged.at[slot], column)
@@ -279,7 +315,7 @@ def multiply_tiles(block: Block, operands: dict[str, jax.Array], work: Work) -> 
     )
 
 
-def _copy_rows(staged: Any, out: Any, first: jax.Array, begin: jax.Array, end: jax.Array) -> None:
+def _copy_rows(staged: Any, out: Any, first: jax.Array, begin: Any, end: Any) -> None:
     """Starts to copy rows begin..end of a tile to where the tile begins: the sizes of copies are
     fixed, so by powers of two.
     """
@@ -287,7 +323,7 @@ def _copy_rows(staged: Any, out: Any, first: jax.Array, begin: jax.Array, end: j
     while size:
 
         @pl.when((count & size) != 0)
-        def _(size: int = size, begin: jax.Array = begin) -> None:
+        def _(size: int = size, begin: Any = begin) -> None:
             rows = out.at[pl.ds(first + begin, size)]
             plgpu.copy_smem_to_gmem(staged.at[pl.ds(begin, size)], rows)
 

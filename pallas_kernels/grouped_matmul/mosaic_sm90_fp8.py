@@ -29,6 +29,7 @@ class Fp8Block(Block):
     def __init__(self, g: Geometry) -> None:
         super().__init__(g)
         self.weights_left = g.tiles.rows <= 64
+        self.width = OUTPUTS if self.weights_left else g.tiles.outputs
         self.copies = 2 * g.tiles.deep + 1
 
     @property
@@ -42,22 +43,27 @@ class Fp8Block(Block):
         ring = (tiles.stages, tiles.deep)
         return super().scratch() | {
             "x_ring": hopper.swizzled_rows(*ring, tiles.rows, BLOCK, dtype=jnp.float8_e4m3fn),
-            "w_ring": hopper.swizzled_rows(*ring, OUTPUTS, BLOCK, dtype=jnp.float8_e4m3fn),
+            "w_ring": hopper.swizzled_rows(*ring, self.width, BLOCK, dtype=jnp.float8_e4m3fn),
             "scale_ring": plgpu.SMEM((*ring, scale_rows(tiles)), jnp.float32),
         }
+
+    def inputs_of(self, expert: jax.Array) -> tuple[jax.Array, Any]:
+        """(An expert's matrix, its first block of inputs.)"""
+        return expert, 0
 
     def copy(
         self, slot: jax.Array, expert: jax.Array, row: jax.Array, outputs: jax.Array, load: Any
     ) -> None:
         """See `Block`."""
         r, deep, size = self.refs, self.g.tiles.deep, self.g.tiles.rows
-        full = r.full.at[slot]
+        matrix, first_block = self.inputs_of(expert)
+        first, full = first_block + load * deep, r.full.at[slot]
+        mine = pl.ds(self.first_output(outputs), self.width)
         for i in range(deep):
-            inputs = pl.ds((load * deep + i) * BLOCK, BLOCK)
-            w = r.w.at[expert, pl.ds(outputs * OUTPUTS, OUTPUTS), inputs]
-            plgpu.copy_gmem_to_smem(w, r.w_ring.at[slot, i], full)
+            inputs = pl.ds((first + i) * BLOCK, BLOCK)
+            plgpu.copy_gmem_to_smem(r.w.at[matrix, mine, inputs], r.w_ring.at[slot, i], full)
             plgpu.copy_gmem_to_smem(r.x.at[pl.ds(row, size), inputs], r.x_ring.at[slot, i], full)
-        scales = r.x_scales.at[pl.ds(load * deep, deep), pl.ds(row, scale_rows(self.g.tiles))]
+        scales = r.x_scales.at[pl.ds(first, deep), pl.ds(row, scale_rows(self.g.tiles))]
         plgpu.copy_gmem_to_smem(scales, r.scale_ring.at[slot], full)
 
     def sums(
@@ -70,13 +76,15 @@ class Fp8Block(Block):
     ) -> jax.Array:
         """See `Block`."""
         g, r, tiles = self.g, self.refs, self.g.tiles
-        columns = tiles.rows if self.weights_left else OUTPUTS
+        columns = tiles.rows if self.weights_left else self.width
         axis, count = (1 if self.weights_left else 0), tiles.blocks
-        last = g.inputs // BLOCK - count
+        matrix, first_block = self.inputs_of(jnp.maximum(expert, 0))
+        mine = self.first_output(outputs) + (warpgroup * 64 if self.weights_left else 0)
+        last = first_block + g.inputs // BLOCK - count
 
         def weight_scales(block: Any) -> list[jax.Array]:
-            first = jnp.minimum(block, last)
-            return [r.w_scales[jnp.maximum(expert, 0), outputs, first + i] for i in range(count)]
+            first = jnp.minimum(first_block + block, last)
+            return [r.w_scales[matrix, lax.div(mine, 128), first + i] for i in range(count)]
 
         def step(index: jax.Array, state: Any) -> Any:
             sums, scales = state

@@ -9,7 +9,8 @@ class Tiles:
 
     Attributes:
         rows: rows of a tile; of `weight_gradient`, outputs.
-        outputs: of an item; of `weight_gradient`, inputs. Other than 128 only with 128 rows.
+        outputs: of an item; of `weight_gradient`, inputs. Other than 128 only with 128 rows, 64
+            only in `matmul`.
         deep: blocks of 128 inputs, of bf16 64, that are loaded at once.
         together: such loads that are multiplied at once, or in one turn of a loop.
         stages: such loads that fit in shared memory.
@@ -33,9 +34,9 @@ class Tiles:
     def __post_init__(self) -> None:
         if self.rows not in (8, 16, 32, 64, 128):
             raise ValueError(f"{self.rows=} must be 8, 16, 32, 64 or 128")
-        if self.outputs not in (128, 192, 256) or self.outputs > 128 > self.rows:
+        if self.outputs not in (64, 128, 192, 256) or self.outputs != 128 and self.rows != 128:
             raise ValueError(
-                f"{self.outputs=} must be 128, or 192 or 256 with 128 rows, not {self.rows}"
+                f"{self.outputs=} must be 128, or 64, 192 or 256 with 128 rows, not {self.rows}"
             )
         if self.together > self.stages:
             raise ValueError(f"{self.together=} must be at most {self.stages=}")
@@ -67,12 +68,19 @@ def fp8_tiles(rows: int, experts: int, blocks: int) -> Tiles:
     mean = rows / experts
     deep = 2 if blocks % 2 == 0 else 1
     if mean <= 8:
-        return Tiles(rows=8 if mean <= 4 else 16, deep=deep, stages=6)
+        return Tiles(rows=_few(mean), deep=deep, stages=6)
     if mean <= 32:
         return Tiles(rows=32, deep=deep)
     # Two products at once hide the additions, but lengthen the beginning and the end of a tile.
     together = 2 if mean > 128 and blocks >= 32 and blocks % 2 == 0 else 1
     return Tiles(rows=128, together=together, registers=(40, 232))
+
+
+def _few(mean: float) -> int:
+    """Rows of a tile where an expert has up to 8. Tiles begin at multiples of 4, and some experts
+    have more than others: with 8 rows for 4 a tenth of the weights is read twice.
+    """
+    return 8 if mean <= 2 else 16
 
 
 def w4a8_tiles(rows: int, experts: int, blocks: int) -> Tiles:
@@ -81,7 +89,7 @@ def w4a8_tiles(rows: int, experts: int, blocks: int) -> Tiles:
     # Two blocks in turn: weights of one are made while those of the other are in use.
     two = 2 if blocks % 2 == 0 else 1
     if mean <= 32:
-        return Tiles(rows=8 if mean <= 4 else 16 if mean <= 8 else 32, deep=two, stages=7)
+        return Tiles(rows=_few(mean) if mean <= 8 else 32, deep=two, stages=7)
     return Tiles(rows=64 if mean <= 64 else 128, together=two, stages=7, registers=(24, 240))
 
 
@@ -94,8 +102,11 @@ def bf16_tiles(rows: int, experts: int, outputs: int) -> Tiles:
         outputs: N, or K for the gradient of rows.
     """
     mean = rows / experts
-    if mean <= 64:
-        size = next(size for size in (8, 16, 32, 64) if size >= mean)
+    # Tiles begin at multiples of 8 rows: with fewer, most groups would lie in two, and their
+    # weights be read twice.
+    wanted = mean + 7 if mean > 1 else 1
+    if wanted <= 64:
+        size = next(size for size in (8, 16, 32, 64) if size >= wanted)
         return Tiles(rows=size, deep=2, stages=6 if size <= 16 else 5 if size <= 32 else 4)
     return _wide(outputs)
 

@@ -1,8 +1,12 @@
 """Workloads of `matmul`: weights with ragged blocks, and DeepSeek's projections."""
 
 import dataclasses
+import functools
 from typing import Any
 
+import jax
+
+from pallas_kernels.quant import FP8_BLOCK, INT4_GROUP, quantise
 from pallas_kernels.testing.generate import BaseCase, Format, normal, tagged
 from pallas_kernels.testing.generate import weight as make_weight
 
@@ -31,18 +35,49 @@ class Case(BaseCase):
             "w": make_weight(rng, (*self.lead, self.k), self.weight, self.dtype),
         }
 
+    def abstract(self) -> dict[str, Any]:
+        """Shapes and types of `make`'s arguments."""
+        w = jax.ShapeDtypeStruct((*self.lead, self.k), self.dtype)
+        if self.weight != "array":
+            recipe = FP8_BLOCK if self.weight == "e4m3" else INT4_GROUP
+            w = jax.eval_shape(functools.partial(quantise, recipe=recipe), w)
+        return {"x": jax.ShapeDtypeStruct((*self.tokens, self.k), self.dtype), "w": w}
 
-def _deepseek_v3(name: str, tokens: int, n: int, k: int) -> Case:
+
+DEEPSEEK_V3 = {
+    "q_a": (1536, 7168),
+    "q_b": (24576, 1536),
+    "kv_a": (576, 7168),
+    "o": (7168, 16384),
+    "shared up": (4096, 7168),
+    "shared down": (7168, 2048),
+    "dense up": (36864, 7168),
+    "dense down": (7168, 18432),
+}
+"""N and K of its dense products; "up" is gate and up."""
+
+
+def _deepseek_v3(name: str, tokens: int) -> Case:
+    n, k = DEEPSEEK_V3[name]
     return Case(
         name=f"deepseek-v3 {name} t{tokens}",
         tags=("bench",),
         dtype="bfloat16",
         tokens=(tokens,),
-        lead=(n,),
+        lead=(2, n // 2) if name.endswith("up") else (n,),
         k=k,
+        weight="e4m3",
     )
 
 
+_HOPPER: dict[str, Any] = {"dtype": "bfloat16", "weight": "e4m3"}
+# For the fp8 kernel: whole blocks of inputs; outputs that are no multiple of an item.
+HOPPER = (
+    Case(name="hopper one row", tokens=(1,), lead=(192,), k=512, **_HOPPER),
+    Case(name="hopper few rows", tokens=(2, 9), lead=(2, 128), k=384, **_HOPPER),
+    Case(name="hopper 64 rows", tokens=(64,), lead=(192,), k=512, **_HOPPER),
+    Case(name="hopper many rows", tokens=(130,), lead=(192,), k=512, **_HOPPER),
+)
 CASES = (
     Case(name="one token", tokens=(1,), lead=(5,), k=7),
     Case(name="two axes", tokens=(2, 3), lead=(2, 20), k=40),
@@ -60,16 +95,7 @@ CASES = (
         weight="int4",
         dtype="bfloat16",
     ),
-    *(
-        _deepseek_v3(name, tokens, n, k)
-        for tokens in (128, 4096)
-        for name, n, k in (
-            ("q_a", 1536, 7168),
-            ("q_b", 24576, 1536),
-            ("kv_a", 576, 7168),
-            ("o", 7168, 16384),
-            ("dense up", 18432, 7168),
-        )
-    ),
+    *HOPPER,
+    *(_deepseek_v3(name, tokens) for tokens in (1, 128, 256, 4096) for name in DEEPSEEK_V3),
 )
 CI, FULL, BENCH = tagged(CASES, "ci"), tagged(CASES, "full"), tagged(CASES, "bench")

@@ -37,8 +37,10 @@ from serve.transfer.transport import (
 
 log = logging.getLogger(__name__)
 
-Place = Callable[[Any], Any]
-"""Moves a pytree to an engine's devices, in its shardings; dispatches and returns at once."""
+Place = Callable[[list[Any], list[int]], list[Any]]
+"""Moves pytrees to an engine's devices, each to those of the rank beside it, in its shardings;
+dispatches and returns at once.
+"""
 
 
 class _Item(NamedTuple):
@@ -93,7 +95,7 @@ class LocalTransport(KVTransport):
     """Transport between endpoints of this process.
 
     Args:
-        place: of each endpoint that receives, what moves a pytree to its devices.
+        place: of each endpoint that receives, what moves pytrees to its devices.
         clock: seconds.
         merge_bytes: parts below this are merged while their packet stays below it.
         outstanding: packets under way to a target at once.
@@ -323,7 +325,10 @@ class LocalTransport(KVTransport):
     def _send(self, target: _Target, items: list[_Item]) -> None:
         started = self._clock()
         try:
-            arrays = self._place[target.name]([item.part.arrays for item in items])
+            arrays = self._place[target.name](
+                [item.part.arrays for item in items],
+                [item.ticket.target_rank for item in items],
+            )
         except Exception as error:  # out of memory, a lost device: these transfers' problem only
             self._lose(target, items, error)
             return

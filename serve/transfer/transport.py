@@ -116,6 +116,7 @@ class Ticket:
         mode: how it is cut.
         deadline: seconds on the coordinator's clock, when it gives the attempt up.
         lease: seconds for which the source holds its pages after the last sign of life.
+        target_rank: rank of the target that has reserved room; 0 where there are no ranks.
 
     Raises:
         ValueError: a count is out of range.
@@ -133,6 +134,7 @@ class Ticket:
     mode: Mode
     deadline: float
     lease: float = 30.0
+    target_rank: int = 0
 
     def __post_init__(self):
         if self.tokens < 1 or not 0 <= self.skip_tokens <= self.tokens:

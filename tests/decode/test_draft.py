@@ -23,6 +23,7 @@ from tests.decode.toy import PROMPTS, toy
 
 STEPS = 6
 LONGEST = 48
+full = pytest.mark.full
 
 
 def chained(params, cfg, tokens, drafts):
@@ -115,17 +116,20 @@ def check(modules, drafts, pause=-1, unroll=False):
     assert len(lengths) > 1, "every step emitted the same number of tokens: too easy"
 
 
-@pytest.mark.parametrize(("modules", "drafts"), [(1, 1), (1, 3), (3, 3), (3, 2)])
+@pytest.mark.parametrize(
+    ("modules", "drafts"),
+    [pytest.param(1, 1, marks=full), (1, 3), pytest.param(3, 3, marks=full), (3, 2)],
+)
 def test_drafts_are_those_of_the_definition(modules, drafts):
     check(modules, drafts)
 
 
-@pytest.mark.parametrize(("modules", "drafts"), [(1, 3), (3, 3)])
+@pytest.mark.parametrize(("modules", "drafts"), [pytest.param(1, 3, marks=full), (3, 3)])
 def test_unstacked_weights_draft_the_same(modules, drafts):
     check(modules, drafts, pause=3, unroll=True)
 
 
-@pytest.mark.parametrize(("modules", "drafts"), [(1, 2), (3, 3)])
+@pytest.mark.parametrize(("modules", "drafts"), [(1, 2), pytest.param(3, 3, marks=full)])
 def test_a_step_without_drafts_keeps_the_modules_up_to_date(modules, drafts):
     check(modules, drafts, pause=2)
 
@@ -146,7 +150,7 @@ def test_sees_draft_rows_that_are_not_overwritten(monkeypatch):
     jax.clear_caches()
 
 
-@pytest.mark.parametrize("modules", [1, 3])
+@pytest.mark.parametrize("modules", [pytest.param(1, marks=full), 3])
 def test_sees_the_following_token_off_by_one(monkeypatch, modules):
     real = draft.forward_mtp
 

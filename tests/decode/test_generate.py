@@ -16,6 +16,7 @@ from dskjax.decode.generate import program
 from dskjax.decode.step import DecodeConfig
 from tests.decode.toy import PROMPTS, toy
 
+full = pytest.mark.full
 GOLDENS = Path(__file__).parents[1] / "goldens"
 NEW = 18
 SHAPES = {"max_tokens": NEW, "page_size": 5, "chunk": 8}  # shared: a shape compiles once
@@ -38,7 +39,13 @@ def one_by_one(modules):
 
 @pytest.mark.parametrize(
     ("modules", "drafts", "rule"),
-    [(1, 0, "strict"), (1, 1, "rejection"), (1, 3, "block"), (3, 2, "strict"), (3, 3, "rejection")],
+    [
+        (1, 0, "strict"),
+        (1, 1, "rejection"),
+        (1, 3, "block"),
+        (3, 2, "strict"),
+        pytest.param(3, 3, "rejection", marks=full),
+    ],
 )
 def test_greedy_text_is_that_of_the_plain_model(modules, drafts, rule):
     params, cfg = toy(modules)
@@ -50,7 +57,16 @@ def test_greedy_text_is_that_of_the_plain_model(modules, drafts, rule):
         assert 0 < result.stats.accepted < result.stats.drafted
 
 
-@pytest.mark.parametrize("name", ["v3_yarn", "v3_plain", "v2lite", "v3_sharded_bf16", "v3_mtp"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "v3_yarn",
+        "v2lite",
+        "v3_mtp",
+        # Their logits are compared every time, see tests/model/test_hf_goldens.py.
+        *(pytest.param(name, marks=full) for name in ("v3_plain", "v3_sharded_bf16")),
+    ],
+)
 def test_greedy_tokens_equal_transformers(name):
     golden = np.load(GOLDENS / name / "golden.npz")
     params, cfg = load_hf(GOLDENS / name, dtype=jnp.float32)
@@ -146,6 +162,12 @@ def test_streams_tokens_in_order():
         **SHAPES,
     )
     assert streamed == result.tokens
+
+
+def test_experts_are_not_counted_unless_asked_for():
+    params, cfg = toy(1)
+    result = generate(params, cfg, PROMPTS, drafts=3, accept="strict", **SHAPES)
+    assert result.expert_loads is result.mtp_expert_loads is None
 
 
 def test_an_fp8_cache_decodes():

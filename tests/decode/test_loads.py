@@ -116,16 +116,11 @@ def test_ranks_count_together_and_idle_ones_count_nothing():
     placed = where.params(param_specs(tiny().cfg))
     params = jax.device_put(jax.tree.map(np.asarray, tiny().params), placed)
     each = ((params, where), (tiny().params, None))
-    found = run(params, count_experts=True, sharding=where)
+    found, want = (run(w, count_experts=True, drafts=2, sharding=s) for w, s in each)
     assert found.tokens == alone().tokens
-    np.testing.assert_array_equal(found.expert_loads, alone().expert_loads)
-    assert found.mtp_expert_loads is None
-    drafted = [run(w, count_experts=True, drafts=2, sharding=s) for w, s in each]
-    np.testing.assert_array_equal(*(one.mtp_expert_loads for one in drafted))
-
-
-def test_nothing_is_counted_unless_asked_for():
-    assert run(tiny().params).expert_loads is None
+    np.testing.assert_array_equal(found.expert_loads, want.expert_loads)
+    np.testing.assert_array_equal(found.mtp_expert_loads, want.mtp_expert_loads)
+    assert alone().mtp_expert_loads is None
 
 
 def test_padding_that_chooses_experts_is_seen(monkeypatch):

@@ -26,7 +26,9 @@ TV_EXACT = 1e-12  # float64 sums of a few thousand terms
 TV_BROKEN = 1e-3
 THINK = ThinkIds(5, 6)
 X = 7
+full = pytest.mark.full
 accept = jax.jit(accept_rows, static_argnames=("think", "names"))
+law_of = jax.jit(distribution)
 draw_with = jax.jit(draft_sampling, static_argnums=2)
 SINGLE = {name: jax.jit(rule) for name, rule in acceptance.RULES.items()}
 SINGLE |= {name: jax.jit(getattr(lossy, name)) for name in ("typical", "relaxed", "lenient")}
@@ -74,7 +76,7 @@ def drafted(rows, logits, rule, scale, top_k=0):
             params = draw_with(
                 RuleRows.make(n, rule), sampling, depth, jnp.asarray(entropy, jnp.float32), scale
             )
-            q.append(np.asarray(distribution(jnp.asarray(raw[:, depth]), params)))
+            q.append(np.asarray(law_of(jnp.asarray(raw[:, depth]), params)))
             assert len(np.unique(params.temperature)) > 1 or not rule.draft_b
     rows.q = np.stack(q, axis=1)
     assert rows.q.dtype == np.float64
@@ -114,11 +116,16 @@ def tv(p, rows, outcomes):
     return enum.total_variation(law, enum.target_law(p, m + 1))
 
 
-@pytest.mark.parametrize("model", ["random", "zeros", "top_p"])
-@pytest.mark.parametrize(("vocab", "m"), [(4, 2), (3, 3)])
-@pytest.mark.parametrize(
-    ("a", "b", "scale"), [(0.8, 0.05, (1.0, 1.0, 1.0)), (0.4, 0.7, (0.6, 1.3, 2.0))]
-)
+SCALES = [(0.8, 0.05, (1.0, 1.0, 1.0)), (0.4, 0.7, (0.6, 1.3, 2.0))]
+MODELS = [
+    pytest.param(model, vocab, m, *scale, marks=() if quick else full)
+    for model in ("random", "zeros", "top_p")
+    for vocab, m, quick in ((4, 2, True), (3, 3, model == "random"))
+    for scale, quick in ((SCALES[0], False), (SCALES[1], quick))
+]
+
+
+@pytest.mark.parametrize(("model", "vocab", "m", "a", "b", "scale"), MODELS)
 def test_hybrid_is_lossless_at_any_draft_temperature(model, vocab, m, a, b, scale):
     p, logits = tables(model, vocab, m)
     rule = RuleOptions(name="hybrid", draft_a=a, draft_b=b)
@@ -184,9 +191,9 @@ def random_step(greedy=False):
     """(raw_logits, p, drafts, q, u_accept, u_final, thinking), f32; row b has rule b % len(MIX)."""
     rng = np.random.default_rng(0)
     logits = jnp.asarray(1.5 * rng.standard_normal((B, M + 1, X)), jnp.float32)
-    p = distribution(logits, SamplingParams.make(B, temperature=0.0 if greedy else 0.8, top_p=0.95))
+    p = law_of(logits, SamplingParams.make(B, temperature=0.0 if greedy else 0.8, top_p=0.95))
     near = logits[:, :M] + jnp.asarray(rng.standard_normal((B, M, X)), jnp.float32)
-    q = distribution(near, SamplingParams.make(B, temperature=0.0 if greedy else 0.6))
+    q = law_of(near, SamplingParams.make(B, temperature=0.0 if greedy else 0.6))
     u = jnp.asarray(rng.random((B, 3 * M + 1)), jnp.float32)
     drafts = sample(q, u[:, :M])
     thinking = jnp.asarray(rng.random(B) < 0.5)
@@ -242,7 +249,10 @@ def test_a_row_does_not_depend_on_its_neighbours():
         same(mixed, alone, np.arange(k, B, len(MIX)))
 
 
-@pytest.mark.parametrize("names", [("strict",), ("hybrid",), ("relaxed", "block")])
+@pytest.mark.parametrize(
+    "names",
+    [pytest.param(("strict",), marks=full), ("hybrid",), ("relaxed", "block")],
+)
 def test_rules_left_out_change_nothing(names):
     rules = [rule for rule in MIX if rule.name in names]
     rows = RuleRows.make(B, [rules[b % len(rules)] for b in range(B)])
@@ -273,7 +283,7 @@ def test_relaxed_outside_thinking_is_greedy():
     assert (loose.count >= strict.count).all() and (loose.count > strict.count).any()
 
 
-@pytest.mark.parametrize("k", [0, 1, 2])
+@pytest.mark.parametrize("k", [0, pytest.param(1, marks=full), 2])
 def test_missing_drafts_shorten_the_step(k):
     """From the first -1 on there is no draft, whatever q (NaN here) and later slots hold."""
     raw, p, drafts, q, u_accept, u_final, thinking = random_step()

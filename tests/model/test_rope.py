@@ -8,7 +8,8 @@ import pytest
 
 from dskjax import presets
 from dskjax.config import RopeConfig, YarnConfig, yarn_mscale
-from dskjax.layers.rope import half_split_order, inverse_frequencies, rope_tables, rotate
+from dskjax.layers.rope import half_split_order, inverse_frequencies, rope_tables
+from pallas_kernels.rope import rotate
 from pallas_kernels.testing import assert_close
 from tests.oracles import deepseek
 from tests.tolerances import ROPE

@@ -51,7 +51,11 @@ SPLIT = {  # one weight of each kind, and how each preset splits it
 
 
 @needs_8
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(
+    "name",
+    # The step that trains runs on "data" every time.
+    [pytest.param(name, marks=pytest.mark.full if name == "data" else ()) for name in PRESETS],
+)
 def test_apply_equals_unsharded(name):
     t, (sharding, params) = tiny(), placed(name)
     for leaf, want in SPLIT.items():

@@ -101,7 +101,7 @@ def test_each_row_is_done_in_a_chunk_of_at_most_so_many():
 
 
 @needs_8
-@pytest.mark.parametrize(("ep", "tp"), [(4, 2), (1, 4)])
+@pytest.mark.parametrize(("ep", "tp"), [(4, 2), pytest.param(1, 4, marks=pytest.mark.full)])
 def test_prefill_rules_run_long_prompts_in_chunks(ep, tp, monkeypatch):
     """Same experts and same hidden states as on one device, with every layer's rows in chunks."""
     monkeypatch.setattr(exchange, "MOE_CHUNK_TOKENS", 20)

@@ -9,6 +9,7 @@ import numpy as np
 from dskjax import mesh, model
 from dskjax.decode.generate import generate
 from dskjax.distributed import Membership, fetch, put
+from dskjax.params import WeightSpec, is_spec
 from dskjax.presets import preset
 from tests.train_mtp import toy
 from train_mtp.step import init_state, place_batch, train_step
@@ -66,12 +67,14 @@ def trained() -> dict[str, np.ndarray]:
 
 
 def weights(cfg, where):
-    """The same values on any mesh."""
-    made = jax.jit(
-        lambda: model.init(cfg, jax.random.key(0), std=0.2),
-        out_shardings=where.params(model.param_specs(cfg)),
-    )
-    return made()
+    """The same values on any mesh. NumPy: `model.init` would compile a program per mesh."""
+    rng, specs = np.random.default_rng(0), model.param_specs(cfg)
+
+    def draw(spec: WeightSpec, place: jax.sharding.Sharding) -> jax.Array:
+        loc, scale = (1.0, 0.0) if spec.init == "ones" else (0.0, 0.2)
+        return put(rng.normal(loc, scale, spec.shape).astype(np.float32), place)
+
+    return jax.tree.map(draw, specs, where.params(specs), is_leaf=is_spec)
 
 
 if __name__ == "__main__":

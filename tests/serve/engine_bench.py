@@ -69,29 +69,29 @@ class FakeLink:
     def __init__(self, runner: FakeRunner):
         self.runner = runner
         self.calls = []
-        self.pages = {}
+        self.where = {}
         self._known = []
 
     @property
     def checking(self):
         return bool(self._known)
 
-    def begin(self, ticket, request, pages):
+    def begin(self, ticket, request, where):
         self.calls.append(("begin", request.id))
-        self.pages[request.id] = pages
+        self.where[request.id] = where
 
     def complete(self, request_id):
-        self.calls.append(("complete", request_id, len(self.pages[request_id]())))
+        self.calls.append(("complete", request_id, len(self.where[request_id]().pages)))
 
     def drop(self, request_id):
         self.calls.append(("drop", request_id))
 
-    def receive(self, ticket, part, pages, slot):
+    def receive(self, ticket, part, home):
         self.calls.append(("receive", ticket.transfer_id))
-        if pages is not None:
-            assert slot >= 0
-            self.runner.receive(part.arrays, pages, ticket.skip_tokens, ticket.transfer_id)
-        self._known.append((ticket.transfer_id, part.index, pages is not None))
+        if home is not None:
+            assert home.slot >= 0
+            self.runner.receive(part.arrays, home.pages, ticket.skip_tokens, ticket.transfer_id)
+        self._known.append((ticket.transfer_id, part.index, home is not None))
 
     def installed(self, engine):
         known, self._known = self._known, []

@@ -75,7 +75,7 @@ class PageView:
         return self.pool[self.layers[0] : self.layers[1], self.pages].copy()
 
 
-def place(packets):
+def place(packets, ranks):
     return [view.read() for view in packets]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
+from dskjax.decode.rules import RuleOptions
 from serve.attempts import CoordinatorConfig, Summary
 from serve.build import Placement, build_engine
 from serve.coordinator import Coordinator, Mailbox
@@ -21,6 +22,8 @@ from tests.decode.plain import Ask, answer
 from tests.serve.stack import Answers, assert_empty, make_request, small, toy_model, until
 
 PAGE = 4
+STRICT = {"rules": ("strict",), "accept": RuleOptions(name="strict")}
+"""The only rule of the requests here: others would only take time to compile."""
 NEVER = 10**6
 """Tokens from which a prompt would go layer by layer, where none should."""
 
@@ -50,17 +53,20 @@ _DEVICES = {
 
 @functools.cache
 def compiled(
-    role: Role, index: int, width: int, modules: int, ep: int = 1
+    role: Role, index: int, width: int, modules: int, ep: int, layerwise: bool
 ) -> tuple[Engine, Placement]:
-    """An engine that nobody starts: its runner and scheduler serve one cluster after another."""
+    """An engine that nobody starts: its runner and scheduler serve one cluster after another. Those
+    that split experts score no prompts, to have fewer programs.
+    """
     devices = tuple(jax.devices()[i] for i in _DEVICES[role, width][index])
     placement = Placement(f"{role.value}{index}", role, devices, ep)
     config = small(
-        layerwise_from=1,
+        layerwise_from=1 if layerwise else NEVER,
         layer_group=1,
         pages=48,
         chunk=8 if role is Role.PREFILL else 4,
-        prompt_logprobs=True,
+        prompt_logprobs=ep == 1,
+        **STRICT,
     )
     engine = build_engine(
         toy_model(modules),
@@ -102,25 +108,34 @@ class Cluster:
             assert_empty(engine)
 
 
-@contextlib.contextmanager
 def cluster(
     layout: Layout, modules: int, *, layerwise: bool, faults: Faults | None = None, **limits
-) -> Iterator[Cluster]:
-    """Fresh threads, coordinator and transport over the compiled engines."""
+) -> contextlib.AbstractContextManager[Cluster]:
+    """A layout's engines behind a coordinator; see `together`."""
+    ep = layout.ep
     chosen = [
-        compiled(role, index, layout.ep * tp, modules, layout.ep)
+        compiled(role, index, ep * tp, modules, ep, layerwise or ep == 1)
         for role, engines, tp in (
             (Role.PREFILL, layout.prefill, layout.prefill_tp),
             (Role.DECODE, layout.decode, layout.decode_tp),
         )
         for index in range(engines)
     ]
+    return together(chosen, layerwise=layerwise, faults=faults, **limits)
+
+
+@contextlib.contextmanager
+def together(
+    chosen: Sequence[tuple[Engine, Placement]],
+    *,
+    layerwise: bool,
+    faults: Faults | None = None,
+    **limits,
+) -> Iterator[Cluster]:
+    """Fresh threads, coordinator and transport over compiled engines."""
     mailbox, answers, parts = Mailbox(), Answers(), {}
 
-    def mover(placement: Placement):
-        return lambda arrays: jax.device_put(arrays, placement.sharding)
-
-    transport = LocalTransport({p.name: mover(p) for _, p in chosen}, faults=faults)
+    transport = LocalTransport({p.name: p.mover() for _, p in chosen}, faults=faults)
     engines = []
     for engine, placement in chosen:
         runner, programs = engine._runner, engine._link._programs

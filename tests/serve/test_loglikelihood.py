@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from serve import runner
+from tests.serve.http.test_lm_eval import post, read_scores, scoring
 from tests.serve.http_stack import LETTERS, alone, serving
 from tests.serve.scores import ATOL, exact
 from tests.serve.stack import small
@@ -22,7 +23,7 @@ QUESTION = {"model": "toy", "logprobs": 1, "echo": True, "temperature": 0, "seed
 
 @pytest.fixture(scope="module")
 def stack():
-    with serving(small(prompt_logprobs=True, drafts=1), MODULES) as stack:
+    with serving(small(prompt_logprobs=True, drafts=1, chunk=8), MODULES) as stack:
         yield stack
 
 
@@ -96,6 +97,18 @@ def test_likelihoods_are_those_of_the_model(ask, stack, max_tokens):
         assert columns["token_logprobs"][0] is columns["top_logprobs"][0] is None
         assert columns["text_offset"] == list(range(len(text)))
     stack.assert_empty()
+
+
+def test_continuations_are_ranked_as_the_model_ranks_them(stack):
+    """A multiple-choice question; the numbers are those of the plain model."""
+    rng = np.random.default_rng(0)
+    contexts = [rng.integers(0, 5, n).tolist() for n in (1, 4, 11)]
+    rows = [[*context, a, b] for context in contexts for a in range(5) for b in range(2)]
+    lengths = [len(row) - 2 for row in rows]
+    with httpx2.Client(base_url=f"http://127.0.0.1:{stack.port}", timeout=120) as client:
+        found = read_scores(post(client, "/v1/completions", scoring("toy", rows)), lengths)
+    check(found, direct([(row[:n], row[n:]) for row, n in zip(rows, lengths, strict=True)]))
+    assert any(greedy for _, greedy in found)
 
 
 def test_a_shifted_row_is_seen(ask, monkeypatch):

@@ -42,9 +42,9 @@ class Seen:
         self.ends.append(end)
         self.observer(end)
 
-    def move(self, packets):
+    def move(self, packets, ranks):
         self.world.now += SECONDS
-        return place(packets)
+        return place(packets, ranks)
 
     def value(self, name, engine="d0", **labels):
         labels = {"model_name": "tiny", "engine": engine, "role": "decode", **labels}

@@ -23,7 +23,7 @@ LAYOUTS = (
     Layout(prefill_tp=2, decode_tp=2),
     Layout(ep=2),
 )
-ALWAYS = {(PLAIN, "chain", "layerwise"), (LAYOUTS[-1], "chain", "whole")}
+ALWAYS = {(PLAIN, "chain", "layerwise"), (LAYOUTS[-1], "recycled", "whole")}
 MODES = ["whole", "layerwise"]
 SCHEMES = {1: "recycled", 3: "chain"}
 

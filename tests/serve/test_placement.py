@@ -1,9 +1,9 @@
 """Weights of an engine in the layout that its kernels read."""
 
 import dataclasses
+import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,12 +15,19 @@ from serve.engine_api import Role
 from serve.placement import Placement, place_params
 
 
-@pytest.mark.parametrize("unroll", [False, True])
-def test_experts_in_int4_are_packed_for_one_hopper(unroll, monkeypatch):
+@functools.cache
+def drawn():
+    """(params with experts in int4, their config)."""
     cfg = presets.tiny_v3()
     moe = dataclasses.replace(cfg.moe, moe_intermediate_size=128)
     cfg = dataclasses.replace(cfg, hidden_size=256, num_hidden_layers=3, moe=moe)
-    params = quantise(model.init(cfg, jax.random.key(0), dtype=jnp.float32), "w4afp8")
+    draw = jax.jit(lambda: quantise(model.init(cfg, jax.random.key(0)), "w4afp8"))
+    return draw(), cfg
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+def test_experts_in_int4_are_packed_for_one_hopper(unroll, monkeypatch):
+    params, cfg = drawn()
     for name in ("no_hopper", "whole_arrays_only"):
         monkeypatch.setattr(hopper, name, lambda: None)
     where = Placement("here", Role.IFB, (jax.devices()[0],))
@@ -32,3 +39,27 @@ def test_experts_in_int4_are_packed_for_one_hopper(unroll, monkeypatch):
     want = params["moe_layers"]["mlp"]["experts"]["gate_up_proj"][1]
     np.testing.assert_array_equal(found.values, want.values)
     np.testing.assert_array_equal(found.scales, want.scales)
+
+
+@pytest.mark.devices(4)
+@pytest.mark.parametrize("redundant", [0, 4])
+def test_each_rank_packs_its_experts(redundant, monkeypatch):
+    params, cfg = drawn()
+    monkeypatch.setattr(hopper, "no_hopper", lambda: None)
+    where = Placement("here", Role.IFB, tuple(jax.devices()[:4]), ep=2, dp=2)
+    placed, _ = place_params(params, cfg, where, unroll=False, redundant=redundant)
+    packed = placed["moe_layers"]["mlp"]["experts"]["gate_up_proj"]
+    assert isinstance(packed, PackedInt4)
+    assert packed.words.addressable_shards[0].data.size * 2 == packed.words.size
+    found = unpack(packed[1])
+    want = params["moe_layers"]["mlp"]["experts"]["gate_up_proj"][1]
+    np.testing.assert_array_equal(found.values[: len(want.values)], want.values)
+
+
+@pytest.mark.devices(4)
+def test_experts_that_kernels_cannot_take_stay(monkeypatch):
+    params, cfg = drawn()
+    monkeypatch.setattr(hopper, "no_hopper", lambda: None)
+    where = Placement("here", Role.IFB, tuple(jax.devices()[:4]), ep=2, dp=1)  # and tp=2
+    placed, _ = place_params(params, cfg, where, unroll=False, redundant=0)
+    assert not isinstance(placed["moe_layers"]["mlp"]["experts"]["gate_up_proj"], PackedInt4)

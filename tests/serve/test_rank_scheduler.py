@@ -1,75 +1,25 @@
 """Requests of several ranks behind one scheduler: who gets them, and what a step of all is."""
 
 import dataclasses
-from collections import deque
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from serve.agree import Sizes, agree
-from serve.blocks import BlockManager
-from serve.buckets import Bucket, Buckets, Variant
+from serve.buckets import Bucket, Variant
 from serve.build import build_engine, place
 from serve.config import RoleConfig, parse_roles
 from serve.drafting import DraftPolicy
 from serve.engine_api import Role
 from serve.errors import OverloadedError
 from serve.plan import StepResult
-from serve.rank_scheduler import RankScheduler
 from serve.request import FinishReason, SamplingOptions, Status
-from tests.serve.fake import FakeRunner, continuation
-from tests.serve.harness import EOS, long_answer, make_config, make_request, prompt
+from serve.start import ServerOptions, _limits
+from tests.serve.fake import continuation
+from tests.serve.harness import EOS, long_answer, make_request, prompt
+from tests.serve.rank_bench import BUCKETS, Devices, make
 from tests.serve.stack import Answers, small, toy_model
-
-BUCKETS = Buckets(batches=(2, 4), chunk_shapes=((1, 16), (4, 4)), drafts=(0, 1, 2), columns=(4, 16))
-
-
-def make(ranks=2, drafting=None, drafts=0, **changes) -> RankScheduler:
-    config = make_config(drafts=drafts, **changes)
-    pools = [BlockManager(config.num_pages, config.page_size) for _ in range(ranks)]
-    return RankScheduler(
-        config,
-        pools,
-        buckets=BUCKETS,
-        needed=lambda request: Variant.FULL if request.stop.min_tokens else Variant.PLAIN,
-        eos_ids=EOS,
-        drafting=drafting,
-    )
-
-
-class Devices:
-    """A fake device for each rank, stepped one launch ahead, whose results come as one."""
-
-    def __init__(self, scheduler: RankScheduler):
-        self.scheduler = scheduler
-        self.ranks = [FakeRunner(rank.config, eos_ids=EOS) for rank in scheduler.ranks]
-        self.launched = deque()
-        self.tokens: dict[str, list[int]] = {}
-        self.plans = []
-
-    def step(self) -> bool:
-        plan = self.scheduler.schedule(0.0)
-        if plan is not None:
-            tables = np.split(self.scheduler.page_table, len(self.ranks))
-            pairs = zip(self.ranks, plan.parts, tables, strict=True)
-            self.launched.append((plan, [d.launch(p, t) if p else None for d, p, t in pairs]))
-            self.plans.append(plan)
-        if len(self.launched) > (plan is not None):
-            plan, pending = self.launched.popleft()
-            results = [d.fetch(p) for d, p in zip(self.ranks, pending, strict=True) if p]
-            columns = [
-                np.concatenate(column) for column in zip(*(r[:5] for r in results), strict=True)
-            ]
-            scores = [entry for r in results for entry in r.prompt_logprobs]
-            for event in self.scheduler.apply(plan, StepResult(*columns, None, scores), 0.0):
-                self.tokens.setdefault(event.request.id, []).extend(event.tokens)
-            return True
-        return plan is not None
-
-    def drain(self):
-        while self.step():
-            pass
-        assert self.scheduler.idle
 
 
 def test_requests_go_where_there_is_most_room():
@@ -222,18 +172,42 @@ def test_a_mesh_makes_ranks():
     (role,) = parse_roles("ifb", mesh={"ep": 4})
     assert role.dp == 1 and role.width == 4
     assert parse_roles("ifb", mesh={})[0].dp is None
+    prefill, decode = parse_roles("2P1D", prefill_ep=2, decode_mesh={"dp": 2, "ep": 2})
+    assert prefill == RoleConfig(role=Role.PREFILL, engines=2, ep=2)
+    assert decode == RoleConfig(role=Role.DECODE, dp=2, ep=2)
+    prefill, decode = parse_roles("1P2D", prefill_mesh={"ep": 2}, decode_tp=2)
+    assert (prefill.dp, prefill.width, decode.dp, decode.width) == (1, 2, None, 2)
+
+
+def test_prefill_ranks_send_whole():
+    options = ServerOptions(model=Path(), name="x", roles=parse_roles("1P1D"), engine=small())
+    assert _limits(options).layerwise_tokens == options.engine.layerwise_from
+    roles = parse_roles("1P1D", prefill_mesh={"dp": 2})
+    limits = _limits(dataclasses.replace(options, roles=roles))
+    assert limits.layerwise_tokens > options.engine.max_model_len
+
+
+DP = {"dp": 2}
 
 
 @pytest.mark.parametrize(
     ("roles", "options", "said"),
     [
-        ("1P1D", {}, "'1P1D' with mesh={'dp': 2}.*use ifb"),
-        ("ifb", {"decode_ep": 2}, "decode_ep=2 beside mesh=.*in the mesh"),
+        ("1P1D", {"mesh": DP}, "'1P1D' with mesh={'dp': 2}: use prefill_mesh or decode_mesh"),
+        ("ifb", {"decode_mesh": DP}, "'ifb' with decode_mesh={'dp': 2}: use mesh"),
+        ("2ifb", {"prefill_mesh": DP, "mesh": DP}, "'2ifb' with prefill_mesh={'dp': 2}: use mesh"),
+        ("ifb", {"mesh": DP, "decode_ep": 2}, "ep=2 beside mesh=.*in the mesh"),
+        (
+            "1P1D",
+            {"decode_mesh": DP, "decode_tp": 2},
+            "tp=2 and ep=1 beside decode_mesh=.*mesh",
+        ),
+        ("1P1D", {"prefill_mesh": DP, "prefill_ep": 2}, "ep=2 beside prefill_mesh=.*in the mesh"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused(roles, options, said):
     with pytest.raises(ValueError, match=said):
-        parse_roles(roles, mesh={"dp": 2}, **options)
+        parse_roles(roles, **options)
 
 
 @pytest.mark.devices(4)

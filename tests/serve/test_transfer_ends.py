@@ -162,7 +162,7 @@ def test_failing_device_fails_only_its_transfers(caplog):
     bench = Bench(merge_bytes=0)
     broken, sound = bench.open("a"), bench.open("b")
 
-    def place(packet):
+    def place(packet, ranks):
         if not bench.packets:
             bench.packets.append(1)
             raise RuntimeError("no memory")

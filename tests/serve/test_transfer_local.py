@@ -1,6 +1,5 @@
 """The transport's threads and devices: arrays arrive whole, in other shardings too."""
 
-import functools
 import threading
 import time
 
@@ -98,7 +97,7 @@ def wire():
     made = []
 
     def make(**options):
-        place = {n: functools.partial(jax.device_put, device=w) for n, w in where.items()}
+        place = {n: lambda parts, ranks, w=w: jax.device_put(parts, w) for n, w in where.items()}
         transport = LocalTransport(place, **options)
         receivers = {name: Receiver() for name in where}
         for name, receiver in receivers.items():
@@ -188,7 +187,7 @@ class Gate:
 
 def test_source_that_computes_holds_up_nobody_else(wire):
     transport, receivers, _ = wire()
-    transport._place["d0"] = lambda packet: packet
+    transport._place["d0"] = lambda packet, ranks: packet
     slow, fast, gate = ticket(0, source="p0"), ticket(1, source="p1"), Gate()
     common = dict(index=0, is_last=True, layers=(0, 2), pages=(0, 3), checksum=0, nbytes=9)
     started = time.monotonic()
@@ -228,7 +227,7 @@ def test_threads_deliver_late_parts_and_end(wire):
 
 def test_many_threads_push_at_once(wire):
     transport, receivers, _ = wire(merge_bytes=4096)
-    transport._place["d0"] = lambda packet: packet
+    transport._place["d0"] = lambda packet, ranks: packet
 
     def push(source, first):
         for i in range(first, first + 100):

@@ -46,7 +46,7 @@ class Bench:
         self.transport.register(Endpoint("p", FORM), lambda *part: None)
         self.transport.register(Endpoint("d", FORM), lambda *part: self.delivered.append(part))
 
-    def place(self, packet):
+    def place(self, packet, ranks):
         self.packets.append(len(packet))
         self.clock.now += self.seconds
         return packet

@@ -10,13 +10,9 @@ import re
 from pathlib import Path
 
 import httpx2
-import numpy as np
 import pytest
 
 from tests.serve.http.fake import TINY, WORDS
-from tests.serve.http_stack import serving
-from tests.serve.scores import exact
-from tests.serve.stack import small
 
 SEED = 1234  # the harness's own
 DOCS = Path(__file__).parents[3] / "docs" / "evaluation.md"
@@ -107,23 +103,3 @@ def test_a_chat_whose_messages_have_a_type(client, service):
     messages[0]["type"] = "image_url"
     refused = client.post("/v1/chat/completions", json=body)
     assert refused.status_code == 400 and "messages.0.type" in refused.json()["error"]["message"]
-
-
-def test_continuations_are_ranked_as_the_model_ranks_them():
-    """A multiple-choice question to a whole server; the numbers are those of the plain model."""
-    rng = np.random.default_rng(0)
-    contexts = [rng.integers(0, 5, n).tolist() for n in (1, 4, 11)]
-    rows = [[*context, a, b] for context in contexts for a in range(5) for b in range(2)]
-    lengths = [len(row) - 2 for row in rows]
-    config = small(drafts=1, prompt_logprobs=True)
-    with (
-        serving(config) as stack,
-        httpx2.Client(base_url=f"http://127.0.0.1:{stack.port}", timeout=120) as client,
-    ):
-        found = read_scores(post(client, "/v1/completions", scoring("toy", rows)), lengths)
-    for row, n, (score, greedy) in zip(rows, lengths, found, strict=True):
-        logp = exact(row, 1)
-        steps = range(n - 1, n + 1)
-        assert score == pytest.approx(sum(logp[i, row[i + 1]] for i in steps), abs=2e-4)
-        assert greedy == all(logp[i].argmax() == row[i + 1] for i in steps)
-    assert any(greedy for _, greedy in found)

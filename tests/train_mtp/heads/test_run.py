@@ -138,12 +138,17 @@ def test_training_sees_what_serving_sees(weights, folder):
     drafted = generate(params, cfg, [prompt], max_tokens=24, drafts=3, ignore_eos=True)
     assert plain.tokens == drafted.tokens
     ids = jnp.asarray([prompt + plain.tokens[0]])
-    hidden = trunk(params, ids, cfg=cfg).hidden
     run = mtp_chain if weights == "independent" else mtp_recycled
-    out = run(params, ids, hidden, cfg=cfg, depths=3)
+
+    @jax.jit
+    def guesses(params, ids):
+        hidden = trunk(params, ids, cfg=cfg).hidden
+        out = run(params, ids, hidden, cfg=cfg, depths=3).hidden
+        return [head(params, h, cfg=cfg)[0].argmax(-1) for h in out]
+
     agree = [
-        np.asarray(head(params, h, cfg=cfg)[0].argmax(-1))[: -k - 1] == np.asarray(ids[0])[k + 1 :]
-        for k, h in enumerate(out.hidden, start=1)
+        np.asarray(guess)[: -k - 1] == np.asarray(ids[0])[k + 1 :]
+        for k, guess in enumerate(guesses(params, ids), start=1)
     ]
     steps, at = [], len(prompt)  # position of the newest known token after the first step
     while at < len(prompt) + 23:

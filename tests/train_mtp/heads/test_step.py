@@ -15,13 +15,13 @@ from dskjax.model import head, mtp_chain, trunk
 from dskjax.params import named_leaves
 from dskjax.recycled import mtp_recycled
 from pallas_kernels import QTensor
-from tests.train_mtp.heads.toy import TRUNK, batch, frozen, recipe, state
+from tests.train_mtp.heads.toy import TRUNK, batch, frozen, recipe, state, taught
 from tests.train_mtp.toy import quick_compiler
 from train_mtp.data import Batch
 from train_mtp.heads import step as step_module
 from train_mtp.heads import sums as sums_module
 from train_mtp.heads.start import first_weights
-from train_mtp.heads.step import accumulated_step, head_step, teach
+from train_mtp.heads.step import accumulated_step, head_step
 from train_mtp.heads.sums import head_metrics, head_sums
 from train_mtp.state import TrainState, abstract_state, state_shardings
 
@@ -39,9 +39,21 @@ def _compiled(of):
     return jax.jit(functools.partial(head_sums, recipe=of))
 
 
-def sums_of(of, weights, rows, trunk_weights=None):
-    params = frozen() if trunk_weights is None else trunk_weights
-    return _compiled(of)(weights, params, rows, teach(params, rows, recipe=of))
+def sums_of(of, weights, rows):
+    return _compiled(of)(weights, frozen(), rows, taught(of, rows))
+
+
+@functools.cache
+def _laws(of):
+    """Compiled: (heads, tokens) -> logarithms of the laws of the trunk and of each depth."""
+    run = mtp_chain if of.weights == "independent" else mtp_recycled
+
+    def laws(heads, tokens):
+        hidden = trunk(frozen(), tokens, cfg=of.cfg).hidden
+        out = run(frozen() | heads, tokens, hidden, cfg=of.cfg, depths=of.depths).hidden
+        return [jax.nn.log_softmax(head(frozen(), h, cfg=of.cfg))[0] for h in (hidden, *out)]
+
+    return jax.jit(laws)
 
 
 def copy(tree):
@@ -59,12 +71,8 @@ def test_each_depth_by_hand_on_five_tokens(weights):
     rows = Batch(tokens, np.ones_like(tokens), np.arange(5, dtype=np.int32)[None])
     heads = state(of).params
     found = sums_of(of, heads, rows)
-    hidden = trunk(frozen(), jnp.asarray(tokens), cfg=of.cfg).hidden
-    run = mtp_chain if weights == "independent" else mtp_recycled
-    out = run(frozen() | heads, jnp.asarray(tokens), hidden, cfg=of.cfg, depths=3).hidden
-    law = np.asarray(jax.nn.log_softmax(head(frozen(), hidden, cfg=of.cfg)))[0]
-    for k in (1, 2, 3):
-        q = np.asarray(jax.nn.log_softmax(head(frozen(), out[k - 1], cfg=of.cfg)))[0]
+    law, *drafted = map(np.asarray, _laws(of)(heads, tokens))
+    for k, q in enumerate(drafted, start=1):
         anchors = range(5 - 1 - k)
         assert int(found.tokens[k - 1]) == len(anchors)
         ce = -sum(q[i, tokens[0, i + k + 1]] for i in anchors)
@@ -150,7 +158,7 @@ def test_only_modules_are_trained_and_all_of_them_are(weights):
     of = recipe(weights)
     before, rows = state(of), batch()
     old, kept = copy(before.params), copy(frozen())
-    after, metrics = head_step(before, frozen(), rows, teach(frozen(), rows, recipe=of), recipe=of)
+    after, metrics = head_step(before, frozen(), rows, taught(of, rows), recipe=of)
     assert set(after.params) == {"mtp_layers"}
     names = {name for name, _ in named_leaves(after.params)}
     moments = jax.tree.leaves(optax.tree.get(after.opt_state, "mu"))
@@ -163,16 +171,23 @@ def test_only_modules_are_trained_and_all_of_them_are(weights):
 
 def test_gradients_stop_between_depths_only_when_asked():
     """The first of two independent modules learns from depth 2 unless gradients are stopped."""
+    rows = jax.tree.map(jnp.asarray, batch())
 
     def first_module(detach):
         of = recipe(depth_decay=1e-9, detach=detach)  # nothing but depth 1 ... counts
         other = dataclasses.replace(of, depth_decay=1.0)
-        rows = jax.tree.map(jnp.asarray, batch())
-        given = (frozen(), rows, teach(frozen(), rows, recipe=of))
-        pull = lambda r: jax.jit(  # noqa: E731
-            jax.grad(lambda w: step_module.objective_of(head_sums(w, *given, recipe=r), r))
-        )(state(r).params)["mtp_layers"]["eh_proj"][0]
-        return pull(of), 2 * pull(other)
+        given = (frozen(), rows, taught(of, rows))
+
+        def objectives(weights):
+            sums = head_sums(weights, *given, recipe=of)
+            return step_module.objective_of(sums, of), step_module.objective_of(sums, other)
+
+        @jax.jit
+        def slopes(weights):
+            _, pull = jax.vjp(objectives, weights)
+            return [pull(up)[0]["mtp_layers"]["eh_proj"][0] for up in ((1.0, 0.0), (0.0, 2.0))]
+
+        return slopes(state(recipe()).params)
 
     alone, with_second = first_module(detach=True)
     np.testing.assert_allclose(with_second, alone, rtol=1e-4, atol=1e-7)
@@ -185,7 +200,7 @@ def test_accumulated_batches_equal_one_large_one(weights):
     of = recipe(weights, bias_update_rate=0.0)
     rows = batch(rows=6)
     parts = jax.tree.map(lambda a: a.reshape(3, 2, *a.shape[1:]), rows)
-    one, told = head_step(state(of), frozen(), rows, teach(frozen(), rows, recipe=of), recipe=of)
+    one, told = head_step(state(of), frozen(), rows, taught(of, rows), recipe=of)
     many, said = accumulated_step(state(of), frozen(), parts, recipe=of)
     assert float(said["total_loss"]) == pytest.approx(float(told["total_loss"]), rel=1e-5)
     assert float(said["grad_norm"]) == pytest.approx(float(told["grad_norm"]), rel=1e-4)
@@ -209,8 +224,8 @@ def test_sharded_steps_equal_unsharded_ones(weights, rules, mesh):
     made = make_mesh(**mesh, devices=jax.devices()[:4])
     on = dataclasses.replace(of, sharding=preset(rules, made))
     rows = batch(rows=8)
-    one, told = head_step(state(of), frozen(), rows, teach(frozen(), rows, recipe=of), recipe=of)
-    many, said = head_step(state(on), frozen(), rows, teach(frozen(), rows, recipe=on), recipe=on)
+    one, told = head_step(state(of), frozen(), rows, taught(of, rows), recipe=of)
+    many, said = head_step(state(on), frozen(), rows, taught(on, rows), recipe=on)
     assert float(said["total_loss"]) == pytest.approx(float(told["total_loss"]), rel=1e-5)
     for leaf, where in zip(
         jax.tree.leaves(many.params), jax.tree.leaves(state_shardings(on).params), strict=True
@@ -224,11 +239,11 @@ def test_a_quantised_trunk_stays_quantised():
     params = quantise(frozen(), "fp8")
     assert any(isinstance(leaf, QTensor) for _, leaf in named_leaves(params))
     of, rows = recipe(), batch()
-    taught = teach(params, rows, recipe=of)
-    after, metrics = head_step(state(of), params, rows, taught, recipe=of)
+    rounded = taught(of, rows, params)
+    after, metrics = head_step(state(of), params, rows, rounded, recipe=of)
     assert np.isfinite(metrics["total_loss"])
-    exact = teach(frozen(), rows, recipe=of).hidden
-    assert 1e-4 < float(jnp.abs(taught.hidden - exact).mean() / jnp.abs(exact).mean()) < 0.3
+    exact = taught(of, rows).hidden
+    assert 1e-4 < float(jnp.abs(rounded.hidden - exact).mean() / jnp.abs(exact).mean()) < 0.3
     assert not any(isinstance(leaf, QTensor) for _, leaf in named_leaves(after.params))
 
 
@@ -245,7 +260,8 @@ def test_last_copies_the_checkpoints_module_into_every_depth():
 def test_last_falls_back_on_the_trunks_last_layer():
     bare = {name: group for name, group in frozen().items() if name != "mtp_layers"}
     without = dataclasses.replace(TRUNK, mtp=type(TRUNK.mtp)())
-    heads = first_weights(bare, without, recipe(), "last", 0)["mtp_layers"]
+    made = first_weights(bare, jax.random.key(0), trunk=without, recipe=recipe(), init="last")
+    heads = made["mtp_layers"]
     np.testing.assert_array_equal(
         heads["block"]["self_attn"]["o_proj"][1], frozen()["moe_layers"]["self_attn"]["o_proj"][-1]
     )

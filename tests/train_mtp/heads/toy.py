@@ -12,6 +12,7 @@ from tests.train_mtp import toy
 from train_mtp.heads.objective import Objective
 from train_mtp.heads.recipe import HeadsRecipe
 from train_mtp.heads.start import first_weights
+from train_mtp.heads.step import teach
 from train_mtp.optim import AdamW
 from train_mtp.state import TrainState, make_state
 
@@ -41,8 +42,23 @@ def recipe(weights="independent", depths=2, **changes) -> HeadsRecipe:
     return HeadsRecipe(**{**given, **changes})
 
 
+@functools.cache
+def _first(of, init, seed):
+    key = jax.random.key(seed)
+    return make_state(of, first_weights, frozen(), key, trunk=TRUNK, recipe=of, init=init)
+
+
 def state(of, init="random", seed=0) -> TrainState:
-    return make_state(of, lambda trunk: first_weights(trunk, TRUNK, of, init, seed), frozen())
+    """A copy, as a step takes it over: compiling the first weights takes longer than a step."""
+    leave = lambda leaf: jax.device_put(np.array(leaf), leaf.sharding)  # noqa: E731
+    return jax.tree.map(leave, _first(of, init, seed))
+
+
+def taught(of, rows, params=None):
+    """`teach` with nothing of a recipe but what it looks at, so that recipes share its program."""
+    looked_at = ("objective", "top_k", "watch", "precision", "sharding")
+    same = recipe(**{name: getattr(of, name) for name in looked_at})
+    return teach(frozen() if params is None else params, rows, recipe=same)
 
 
 def batch(rows=4, columns=16, seed=0):
