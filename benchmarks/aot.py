@@ -26,9 +26,13 @@ import jax.numpy as jnp
 from pallas_kernels.grouped_matmul import cases as grouped_matmul_cases
 from pallas_kernels.grouped_matmul import mosaic_sm90_bf16
 from pallas_kernels.grouped_matmul.api import hopper_kernel
+from pallas_kernels.matmul import cases as matmul_cases
+from pallas_kernels.matmul import mosaic_sm90 as matmul_sm90
 from pallas_kernels.mla_decode import cases as mla_decode_cases
 from pallas_kernels.mla_decode import mosaic_sm90
 from pallas_kernels.mla_decode.plan import plan_mla_decode, with_work
+from pallas_kernels.mla_prefill import cases as mla_prefill_cases
+from pallas_kernels.mla_prefill import mosaic_sm90 as mla_prefill
 from pallas_kernels.peer_exchange import cases as peer_exchange_cases
 from pallas_kernels.peer_exchange import mosaic_sm90 as peer_exchange
 from pallas_kernels.select import H100_SMS
@@ -43,6 +47,77 @@ Program = tuple[str, Callable[..., Any], list[Any]]
 """A case, a function, and the shapes of its arguments."""
 
 
+def matmul_programs() -> Iterator[Program]:
+    """The kernel of every benchmark, and the sum of its splits."""
+    for case in matmul_cases.BENCH:
+        shapes = case.abstract()
+        x, w = shapes["x"], shapes["w"]
+        g = matmul_sm90.geometry(x.shape[0], w, None, H100_SMS, None)
+        rows = jax.eval_shape(functools.partial(matmul_sm90.prepare, g=g), x)
+        multiply = functools.partial(matmul_sm90.multiply, g=g)
+        yield str(case), multiply, [*rows, w]
+
+
+def mla_decode_programs() -> Iterator[Program]:
+    """Every benchmark; and a scan over layers, which must not copy the pool or a layer of it."""
+    for case in mla_decode_cases.BENCH:
+        *shapes, plan = mla_decode_shapes(case)
+        yield (
+            str(case),
+            functools.partial(mosaic_sm90.mla_decode, scale=case.scale),
+            [*shapes, plan],
+        )
+
+    case = dataclasses.replace(mla_decode_cases.BENCH[1], layers=4)
+    q_latent, q_rope, cache, _, table, plan = mla_decode_shapes(case)
+
+    def scanned(q_latent: Any, q_rope: Any, cache: Any, table: Any, plan: Any) -> Any:
+        def layer(carry: Any, index: jax.Array) -> tuple[Any, None]:
+            q, pool = carry
+            out, _ = mosaic_sm90.mla_decode(q, q_rope, pool, index, table, plan, scale=case.scale)
+            return (q + out, pool), None
+
+        return jax.lax.scan(layer, (q_latent, cache), jnp.arange(case.layers))[0][0]
+
+    yield f"{case} scanned", scanned, [q_latent, q_rope, cache, table, plan]
+
+
+def mla_decode_shapes(case: mla_decode_cases.Case) -> list[Any]:
+    """Arguments of the kernel, the plan with its list of work last."""
+    args = case.abstract()
+    lens, starts = args.pop("cached_lens"), args.pop("query_starts")
+    rows, heads = args["q_latent"].shape[:2]
+
+    def planned(lens: jax.Array, starts: jax.Array, table: jax.Array) -> Any:
+        plan = plan_mla_decode(lens, starts, rows, queries=case.queries[0])
+        return with_work(plan, table, heads, H100_SMS)
+
+    return [*args.values(), jax.eval_shape(planned, lens, starts, args["page_table"])]
+
+
+def mla_prefill_programs() -> Iterator[Program]:
+    """Every benchmark."""
+    for case in mla_prefill_cases.BENCH:
+        run = functools.partial(_mla_prefill, case.scale)
+        yield str(case), run, list(case.abstract().values())
+
+
+def _mla_prefill(scale: float, *args: Any) -> Any:
+    *arrays, blocks = args
+    return mla_prefill.mla_prefill(*arrays, scale=scale, blocks=blocks)
+
+
+def grouped_matmul_programs() -> Iterator[Program]:
+    """Every benchmark, and the gradients."""
+    for case in grouped_matmul_cases.BENCH:
+        shapes = case.abstract()
+        run = functools.partial(hopper_kernel(shapes["w"]).grouped_matmul, sms=H100_SMS)
+        yield str(case), run, list(shapes.values())
+    for gradient in grouped_matmul_cases.GRADIENTS:
+        run = functools.partial(mosaic_sm90_bf16.GRADIENTS[gradient.of], sms=H100_SMS)
+        yield str(gradient), run, gradient.abstract()
+
+
 def peer_exchange_programs() -> Iterator[Program]:
     """Every benchmark, for GPUs of one host."""
     for case in peer_exchange_cases.BENCH:
@@ -53,7 +128,9 @@ def peer_exchange_programs() -> Iterator[Program]:
 
 PROGRAMS = {
     "grouped_matmul": grouped_matmul_programs,
+    "matmul": matmul_programs,
     "mla_decode": mla_decode_programs,
+    "mla_prefill": mla_prefill_programs,
     "peer_exchange": peer_exchange_programs,
 }
 RANKS = {"peer_exchange": 8}

@@ -31,7 +31,9 @@ OPS = {
     "grouped_matmul": "benchmarks.kernel_grouped_matmul benchmarks.kernel_grouped_matmul_bf16",
     "matmul": "benchmarks.kernel_matmul",
     "mla_decode": "benchmarks.kernel_mla_decode",
+    "mla_prefill": "benchmarks.kernel_mla_prefill",
     "moe_permute": "benchmarks.kernel_moe_permute",
+    "norm_rope_cache": "benchmarks.kernel_norm_rope_cache",
     "router": "benchmarks.kernel_router",
 }
 """Modules with cases of an op, in words."""

@@ -13,7 +13,7 @@ from pallas_kernels.mla_decode import (
     plan_mla_decode,
     schedule_mla_decode,
 )
-from pallas_kernels.mla_prefill import MlaPrefillPlan, mla_prefill
+from pallas_kernels.mla_prefill import BlockList, MlaPrefillPlan, mla_prefill
 from pallas_kernels.norm_rope_cache import norm_rope_cache
 from pallas_kernels.peer_exchange import peer_exchange
 from pallas_kernels.quant import QTensor, Recipe, dequantise, quantise
@@ -22,6 +22,7 @@ from pallas_kernels.select import Impl
 from pallas_kernels.swiglu import swiglu
 
 __all__ = [
+    "BlockList",
     "Impl",
     "LatentCache",
     "MlaDecodePlan",

@@ -1,6 +1,7 @@
 """What training carries from step to step, and where it lies on the devices."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -35,12 +36,29 @@ def fresh_state(params: Params, recipe: StepRecipe) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, moments)
 
 
-def make_state(recipe: StepRecipe, make: Callable[..., Params], *args: Any) -> TrainState:
-    """Step 0 with the weights that `make(*args)` gives under jit, in place on the devices."""
-    build = jax.jit(
-        lambda *args: fresh_state(make(*args), recipe), out_shardings=state_shardings(recipe)
+def make_state(
+    recipe: StepRecipe, make: Callable[..., Params], /, *args: Any, **static: Any
+) -> TrainState:
+    """Step 0 with the weights that `make(*args, **static)` gives under jit, in place on the
+    devices.
+
+    Args:
+        recipe: of the run.
+        make: a function of a module; calls with the same one, recipe and `static` share a program.
+        args: arrays, keys among them.
+        static: what can be hashed.
+    """
+    return _maker(recipe, make, **static)(*args)
+
+
+@functools.lru_cache(maxsize=32)
+def _maker(
+    recipe: StepRecipe, make: Callable[..., Params], /, **static: Any
+) -> Callable[..., TrainState]:
+    return jax.jit(
+        lambda *args: fresh_state(make(*args, **static), recipe),
+        out_shardings=state_shardings(recipe),
     )
-    return build(*args)
 
 
 def _shapes(recipe: StepRecipe) -> TrainState:

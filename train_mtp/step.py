@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from dskjax.axes import Sharding
+from dskjax.config import ModelConfig
 from dskjax.model import init, param_specs
 from dskjax.params import Params
 from train_mtp import optim
@@ -55,7 +56,11 @@ class Recipe(StepRecipe):
 
 def init_state(recipe: Recipe, seed: int) -> TrainState:
     """A fresh state, made in place on the recipe's devices; the same values on any mesh."""
-    return make_state(recipe, lambda: init(recipe.cfg, jax.random.key(seed), dtype=jnp.float32))
+    return make_state(recipe, _weights, jax.random.key(seed), cfg=recipe.cfg)
+
+
+def _weights(key: jax.Array, *, cfg: ModelConfig) -> Params:
+    return init(cfg, key, dtype=jnp.float32)
 
 
 def place_batch(batch: Batch, sharding: Sharding | None) -> Batch:

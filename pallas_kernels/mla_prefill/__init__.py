@@ -1,5 +1,5 @@
 """Expanded MLA attention for long queries: prefill, training."""
 
-from pallas_kernels.mla_prefill.api import MlaPrefillPlan, mla_prefill
+from pallas_kernels.mla_prefill.api import BlockList, MlaPrefillPlan, mla_prefill
 
-__all__ = ["MlaPrefillPlan", "mla_prefill"]
+__all__ = ["BlockList", "MlaPrefillPlan", "mla_prefill"]

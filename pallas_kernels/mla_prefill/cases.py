@@ -3,16 +3,19 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.mla_prefill import sparse
+from pallas_kernels.mla_prefill.block_list import BlockList
 from pallas_kernels.mla_prefill.plan import MlaPrefillPlan
 from pallas_kernels.testing.generate import BaseCase, normal, tagged
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case(BaseCase):
-    """A flat batch of queries and keys; keys stand in random order, as gathered pages may.
+    """A flat batch of queries and keys.
 
     Attributes:
         chunks: (cached prefix, new tokens) of each sequence, split evenly over `rows`.
@@ -20,6 +23,9 @@ class Case(BaseCase):
         keys: S per row, unused ones included.
         rows: parts of the flat axes that no sequence crosses.
         same_rows: keys are the queries, in order; then no sequence has a prefix, and S = T.
+        shuffled: keys that are not the queries stand in random order, else by sequence and
+            position, as in gathered pages.
+        a_shape: (sink, local) of a list of blocks, see `sparse.a_shape`; all keys without.
         heads: H.
         nope: N.
         rope: P.
@@ -31,6 +37,8 @@ class Case(BaseCase):
     keys: int
     rows: int = 1
     same_rows: bool = False
+    shuffled: bool = True
+    a_shape: tuple[int, int] | None = None
     heads: int = 3
     nope: int = 16
     rope: int = 8
@@ -43,7 +51,7 @@ class Case(BaseCase):
         key_seq, key_pos = (np.full((self.rows, self.keys), v, np.int32) for v in (-1, 0))
         per_row = -(-len(self.chunks) // self.rows)
         for row in range(self.rows):
-            free = rng.permutation(self.keys)
+            free = rng.permutation(self.keys) if self.shuffled else np.arange(self.keys)
             at = used = 0
             for seq in range(row * per_row, min((row + 1) * per_row, len(self.chunks))):
                 prefix, new = self.chunks[seq]
@@ -56,6 +64,31 @@ class Case(BaseCase):
                 raise ValueError(f"{self.name}: {at} queries and {used} keys do not fit")
         keys = (query_seq, query_pos) if self.same_rows else (key_seq, key_pos)
         return tuple(a.reshape(-1) for a in (query_seq, query_pos, *keys))
+
+    def abstract(self) -> dict[str, Any]:
+        """Shapes and types of what `make` gives, for compiling alone; blocks may be None."""
+        t, s, h = self.rows * self.queries, self.rows * self.keys, self.heads
+        rows = {"q_nope": (t, h, self.nope), "q_rope": (t, h, self.rope)}
+        rows |= {"k_nope": (s, h, self.nope), "k_rope": (s, self.rope), "v": (s, h, self.value)}
+        shapes: dict[str, Any] = {
+            k: jax.ShapeDtypeStruct(shape, jnp.dtype(self.dtype)) for k, shape in rows.items()
+        }
+        plan = (jax.ShapeDtypeStruct((n,), jnp.int32) for n in (t, t, s, s))
+        plan, blocks = jax.eval_shape(self.planned, *plan)
+        return shapes | {"plan": plan, "blocks": blocks}
+
+    def planned(self, *arrays: jax.Array) -> tuple[MlaPrefillPlan, BlockList | None]:
+        """Plan of `plan_arrays`, and the list of blocks if the case has one."""
+        plan = MlaPrefillPlan(*arrays, rows=self.rows, same_rows=self.same_rows)
+        if self.a_shape is None:
+            return plan, None
+        sink, local = self.a_shape
+        return plan, sparse.a_shape(plan, sink=sink, local=local)
+
+    @property
+    def scale(self) -> float:
+        """Scores have a deviation of 1.5."""
+        return 1.5 * (self.nope + self.rope) ** -0.5
 
     def make(self, seed: int, poison: bool = False) -> dict[str, Any]:
         """Arguments of `mla_prefill`; poison is NaN in padding queries and in keys nobody sees."""
@@ -71,33 +104,41 @@ class Case(BaseCase):
             for x in (k_nope, k_rope, v):
                 x[key_seq < 0] = np.nan
         arrays = (jnp.asarray(a) for a in (query_seq, query_pos, key_seq, key_pos))
+        plan, blocks = self.planned(*arrays)
         return {
             "q_nope": self.array(q_nope),
             "q_rope": self.array(q_rope),
             "k_nope": self.array(k_nope),
             "k_rope": self.array(k_rope),
             "v": self.array(v),
-            "plan": MlaPrefillPlan(*arrays, rows=self.rows, same_rows=self.same_rows),
-            "scale": 1.5 * (self.nope + self.rope) ** -0.5,
-        }
+            "plan": plan,
+            "scale": self.scale,
+        } | ({} if blocks is None else {"blocks": blocks})
 
 
-def _deepseek_v3(name: str, chunks: tuple[tuple[int, int], ...]) -> Case:
+def _deepseek_v3(
+    name: str, chunks: tuple[tuple[int, int], ...], rows: int = 1, **options: Any
+) -> Case:
+    """Prompts side by side, in so many rows of as many tokens."""
     return Case(
         name=f"deepseek-v3 {name}",
         tags=("bench",),
         dtype="bfloat16",
         chunks=chunks,
-        queries=chunks[0][1],
-        keys=sum(chunks[0]),
-        rows=len(chunks),
+        queries=sum(new for _, new in chunks) // rows,
+        keys=sum(map(sum, chunks)) // rows,
+        rows=rows,
         same_rows=not chunks[0][0],
+        shuffled=False,
         heads=128,
         nope=128,
         rope=64,
         value=128,
+        **options,
     )
 
+
+_PROMPTS = (2900, 40, 1500, 64, 2000, 700, 600, 388)
 
 CASES = (
     Case(name="one token", chunks=((0, 1),), queries=1, keys=1),
@@ -139,7 +180,10 @@ CASES = (
         dtype="bfloat16",
     ),
     _deepseek_v3("b1 t4096", ((0, 4096),)),
-    _deepseek_v3("b4 t1024", ((0, 1024),) * 4),
+    _deepseek_v3("b1 t16384", ((0, 16384),)),
+    _deepseek_v3("b1 t16384 a-shape", ((0, 16384),), a_shape=(128, 2048)),
+    _deepseek_v3("b4 t1024", ((0, 1024),) * 4, rows=4),
     _deepseek_v3("b1 t2048 after 6144", ((6144, 2048),)),
+    _deepseek_v3("b8 t40-2900", tuple((0, n) for n in _PROMPTS)),
 )
 CI, FULL, BENCH = tagged(CASES, "ci"), tagged(CASES, "full"), tagged(CASES, "bench")

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.mla_prefill.block_list import BlockList
 from pallas_kernels.mla_prefill.plan import MlaPrefillPlan
 
 
@@ -21,6 +22,7 @@ def supports(
     plan: MlaPrefillPlan,
     *,
     with_lse: bool,
+    blocks: BlockList | None = None,
 ) -> str | None:
     """Why cuDNN cannot take these arguments, or None."""
     width = q_nope.shape[-1] + q_rope.shape[-1]
@@ -28,6 +30,8 @@ def supports(
         return "cuDNN needs an NVIDIA GPU"
     if with_lse:
         return "cuDNN returns the log-sum-exp in 16 bits only"
+    if blocks is not None:
+        return "cuDNN takes no list of blocks"
     if q_nope.dtype not in (jnp.bfloat16, jnp.float16):
         return f"cuDNN needs bfloat16 or float16, not {q_nope.dtype}"
     if width % 8 or width > 256 or v.shape[-1] > width:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.mla_prefill.block_list import BlockList, visible
 from pallas_kernels.mla_prefill.plan import MlaPrefillPlan
 from pallas_kernels.softmax import masked_softmax
 
@@ -18,6 +19,7 @@ def mla_prefill(
     *,
     scale: float,
     with_lse: bool = True,
+    blocks: BlockList | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.mla_prefill`."""
     rows, tokens = plan.rows, q_nope.shape[0]
@@ -30,7 +32,7 @@ def mla_prefill(
     k_rope = jnp.where(used_s[:, None], k_rope, 0)
     scores_rhts = jnp.einsum("rthn,rshn->rhts", split(q_nope), split(k_nope), precision="highest")
     scores_rhts += jnp.einsum("rthp,rsp->rhts", split(q_rope), split(k_rope), precision="highest")
-    probs_rhts, lse_rht = masked_softmax(scores_rhts * scale, plan.mask()[:, None])
+    probs_rhts, lse_rht = masked_softmax(scores_rhts * scale, visible(plan, blocks))
     out_rthv = jnp.einsum("rhts,rshv->rthv", probs_rhts, split(v), precision="highest")
     out = out_rthv.reshape(tokens, *out_rthv.shape[2:]).astype(q_nope.dtype)
     return out, lse_rht.swapaxes(1, 2).reshape(tokens, -1)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.mla_prefill.block_list import BlockList, visible
 from pallas_kernels.mla_prefill.plan import MlaPrefillPlan
 from pallas_kernels.softmax import masked_softmax
 
@@ -25,6 +26,7 @@ def mla_prefill(
     *,
     scale: float,
     with_lse: bool = True,
+    blocks: BlockList | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.mla_prefill`."""
     rows, tokens, dtype = plan.rows, q_nope.shape[0], q_nope.dtype
@@ -35,14 +37,14 @@ def mla_prefill(
     k_rope_rsp = jnp.where(used_s[:, None], k_rope, 0).reshape(rows, -1, k_rope.shape[-1])
 
     def attend(block: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        q_nope_rthn, q_rope_rthp, mask_rts = block
+        q_nope_rthn, q_rope_rthp, mask_rths = block
         scores = jnp.einsum(
             "rthn,rshn->rhts", q_nope_rthn, k_nope_rshn, preferred_element_type=jnp.float32
         )
         scores += jnp.einsum(
             "rthp,rsp->rhts", q_rope_rthp, k_rope_rsp, preferred_element_type=jnp.float32
         )
-        probs, lse_rht = masked_softmax(scores * scale, mask_rts[:, None])
+        probs, lse_rht = masked_softmax(scores * scale, mask_rths.swapaxes(1, 2))
         out = jnp.einsum(
             "rhts,rshv->rthv", probs.astype(dtype), v_rshv, preferred_element_type=jnp.float32
         )
@@ -51,7 +53,7 @@ def mla_prefill(
     queries = (
         q_nope.reshape(rows, -1, *q_nope.shape[1:]),
         q_rope.reshape(rows, -1, *q_rope.shape[1:]),
-        plan.mask(),
+        visible(plan, blocks).swapaxes(1, 2),
     )
     per_row = tokens // rows
     if per_row <= QUERY_BLOCK or per_row % QUERY_BLOCK:

@@ -11,14 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import MlaPrefillPlan, mla_prefill
-from pallas_kernels.mla_prefill import api, cases, xla
+from pallas_kernels.mla_prefill import BlockList, api, cases, sparse, xla
 from pallas_kernels.softmax import masked_softmax, merge
 from pallas_kernels.testing import assert_close, call, distinct, jit
 from tests.oracles import attention
 from tests.tolerances import GRADIENT, OP
 
 IMPLS = ["xla", "reference"]  # the others cannot return a log-sum-exp
-OTHERS = [name for name in distinct(api.IMPLEMENTATIONS) if name not in IMPLS]
+HOPPER = "mosaic_sm90"  # which can, has tests of its own
+OTHERS = [name for name in distinct(api.IMPLEMENTATIONS) if name not in (*IMPLS, HOPPER)]
 CASES = {case.name: case for case in cases.CASES}
 INPUTS = ("q_nope", "q_rope", "k_nope", "k_rope", "v")
 
@@ -176,6 +177,150 @@ def test_gradient_suite_sees_a_stopped_gradient():
 
     with pytest.raises(AssertionError):
         check_gradients(broken, CASES["after prefixes"])
+
+
+# ------------------------------------------------------------------ block lists
+
+LONG = cases.Case(name="long", chunks=((300, 500),), queries=512, keys=900, heads=2, shuffled=False)
+PACKED = dataclasses.replace(LONG, name="two prompts", chunks=((0, 200), (100, 300)))
+
+
+def pairs(plan, blocks):
+    """bool [H or 1, T, S], what a list and the plan let a query see, tile by tile."""
+    mask = np.asarray(dataclasses.replace(plan, rows=1).mask())
+    if blocks is None:
+        return mask
+    seen = np.zeros((blocks.tiles.shape[0], *mask.shape[1:]), bool)
+    for head, query in np.ndindex(*blocks.counts.shape):
+        for tile in blocks.tiles[head, query, : blocks.counts[head, query]]:
+            keys = slice(int(tile) * blocks.key_tile, (int(tile) + 1) * blocks.key_tile)
+            seen[head, query * 128 : (query + 1) * 128, keys] = True
+    return seen & mask
+
+
+def made(maker, args, **options):
+    """The list of a maker; budgets are static."""
+    q_and_k = {k: args[k] for k in INPUTS[:4]} if maker is not sparse.a_shape else {}
+    if maker is sparse.vertical_slash:
+        options["scale"] = args["scale"]
+    return jit(functools.partial(maker, **options))(**q_and_k, plan=args["plan"])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_other_tiles_are_hidden(impl, rows):
+    case = cases.Case(name="tiles", chunks=((0, 90), (0, 80)), queries=180 // rows,
+                      keys=180 // rows, rows=rows, heads=2)  # fmt: skip
+    args, chosen = case.make(0, poison=True), np.random.default_rng(0).random((2, 2, 3)) < 0.5
+    blocks = BlockList.of(jnp.asarray(chosen), 64)
+    out, lse = run(impl)(**args, blocks=blocks)
+    seen = pairs(args["plan"], blocks)
+    assert 0 < seen.sum() < 2 * pairs(args["plan"], None).sum()
+    q_nope, q_rope, k_nope, k_rope, v = (np.float64(args[name]) for name in INPUTS)
+    want_out, want_lse = np.zeros((180, 2, case.value)), np.full((180, 2), -np.inf)
+    for head, query in np.ndindex(2, 180):
+        if len(found := np.flatnonzero(seen[head, query])):
+            scores = k_nope[found, head] @ q_nope[query, head] + k_rope[found] @ q_rope[query, head]
+            want_out[query, head], want_lse[query, head] = attention.attend(
+                args["scale"] * scores, v[found, head]
+            )
+    assert_close(out, want_out, OP["float32"], "out")
+    assert_close(lse, want_lse, OP["float32"], "lse")
+
+
+MAKERS = {
+    "a-shape": (sparse.a_shape, {"sink": 1, "local": 1}, {"sink": 900, "local": 1}),
+    "vertical-slash": (
+        sparse.vertical_slash,
+        {"verticals": 0, "slashes": 0},
+        {"verticals": 1, "slashes": 99},
+    ),
+    "block-sparse": (sparse.block_sparse, {"top": 0}, {"top": 99}),
+}
+
+
+@pytest.mark.parametrize("key_tile", [64, 128])
+@pytest.mark.parametrize("case", [LONG, PACKED], ids=str)
+@pytest.mark.parametrize("name", MAKERS)
+def test_all_tiles_are_dense_and_none_keeps_a_query_its_own_key(name, case, key_tile):
+    maker, least, most = MAKERS[name]
+    args = case.make(0, poison=True)
+    dense = pairs(args["plan"], None)
+    everything = pairs(args["plan"], made(maker, args, **most, key_tile=key_tile))
+    np.testing.assert_array_equal(everything, np.broadcast_to(dense, everything.shape))
+    few = pairs(args["plan"], made(maker, args, **least, key_tile=key_tile))
+    np.testing.assert_array_equal(
+        few.any(axis=2), np.broadcast_to(dense.any(axis=2), few.shape[:2])
+    )
+    assert few.sum() < len(few) * dense.sum()
+
+
+@pytest.mark.parametrize(("sink", "local"), [(1, 1), (130, 200), (0, 64)])
+def test_a_shape_keeps_the_first_and_the_last_keys(sink, local):
+    plan = LONG.make(0)["plan"]
+    got = sparse.a_shape(plan, sink=sink, local=local, key_tile=64)
+    query, key = np.asarray(plan.query_pos)[:, None], np.asarray(plan.key_pos)
+    wanted = pairs(plan, None)[0] & ((key < sink) | (query - key < local))
+    wide = np.pad(wanted, ((0, 0), (0, -900 % 64))).reshape(4, 128, -1, 64).any(axis=(1, 3))
+    np.testing.assert_array_equal(got.chosen(wide.shape[1])[0], wide)
+
+
+def planted():
+    """Queries of head 0 look at keys 128 to 191, those of head 1 at the key 256 before."""
+    rng = np.random.default_rng(0)
+    case = dataclasses.replace(LONG, chunks=((0, 512),), keys=512, same_rows=True, nope=64)
+    args = case.make(0)
+    q_nope, k_nope = (np.zeros((512, 2, 64), np.float32) for _ in range(2))
+    q_nope[:, 0, 0], k_nope[128:192, 0, 0] = 20.0, 20.0
+    codes = rng.choice([-2.0, 2.0], (512, 64))
+    k_nope[:, 1], q_nope[256:, 1] = codes, codes[:-256]
+    changed = {"q_nope": q_nope, "k_nope": k_nope, "q_rope": np.zeros((512, 2, 8), np.float32)}
+    return args | {name: jnp.asarray(x) for name, x in changed.items()}
+
+
+def test_vertical_slash_finds_the_column_and_the_diagonal():
+    args, own = planted(), np.arange(4)[:, None] * 2
+    found = [
+        made(sparse.vertical_slash, args, verticals=v, slashes=s, key_tile=64).chosen(8)
+        for v, s in ((1, 0), (0, 1))
+    ]
+    tile = np.arange(8)
+    near = (tile == own) | (tile == own + 1)
+    np.testing.assert_array_equal(found[0][0], near | ((tile == 2) & (own > 2)))
+    # A query sees the key 256 before it, and a tile of 128 queries those of three tiles of keys.
+    far = (tile >= own - 4) & (tile <= own - 3)
+    assert (np.asarray(found[1][1]) >= far).all()
+    assert np.asarray(found[1][1]).sum() <= near.sum() + 2 * 3
+
+
+def test_block_sparse_finds_the_tiles_with_the_largest_means():
+    args = planted()
+    chosen = made(sparse.block_sparse, args, top=1, key_tile=64).chosen(8)[0]
+    own = np.arange(4)[:, None] * 2
+    tile = np.arange(8)
+    far = (tile == 2) & (own > 2)
+    assert (np.asarray(chosen) >= far).all()
+    np.testing.assert_array_equal(chosen.sum(axis=1), [2, 3, 3, 3])
+
+
+def test_suite_sees_a_list_without_own_tiles(monkeypatch):
+    monkeypatch.setattr(sparse, "_near", lambda p, local: jnp.zeros_like(p.seen))
+    with pytest.raises(AssertionError):
+        test_all_tiles_are_dense_and_none_keeps_a_query_its_own_key("block-sparse", LONG, 64)
+
+
+@pytest.mark.parametrize(
+    ("shape", "key_tile", "message"),
+    [
+        ((2, 4, 9), 96, "blocks.key_tile=96 must be 64 or 128"),
+        ((3, 4, 9), 128, r"lists \(3, 4\).*2 heads and 512 queries need lists \(1 or 2, 4\)"),
+        ((1, 2, 9), 128, r"lists \(1, 2\)"),
+    ],
+)
+def test_block_lists_are_checked(shape, key_tile, message):
+    blocks = BlockList.of(jnp.ones(shape, bool), key_tile)
+    with pytest.raises(ValueError, match=message):
+        mla_prefill(**LONG.make(0), blocks=blocks)
 
 
 # ------------------------------------------------------------------ planted bugs

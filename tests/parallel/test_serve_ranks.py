@@ -56,7 +56,7 @@ def serve(engine, answers, wishes, abort=()):
 def alone():
     """What one device says to each wish when nothing else is there."""
     answers = Answers()
-    engine = build(toy_model(2), small(drafts=2), answers)
+    engine = build(toy_model(2), small(drafts=2, chunk=8), answers)
     engine.start()
     try:
         for i, wish in enumerate(WISHES):
@@ -113,7 +113,7 @@ GREEDY = [dict(prompt=[i % 5] * (1 + 3 * i), max_tokens=24, ignore_eos=True) for
 @pytest.fixture(scope="module")
 def greedy_alone():
     answers = Answers()
-    engine = build(toy_model(0), small(drafts=0), answers)
+    engine = build(toy_model(0), small(drafts=0, chunk=8), answers)
     return serve(engine, answers, GREEDY)
 
 
@@ -123,7 +123,7 @@ def test_text_is_the_same_while_experts_move(greedy_alone):
     answers, told, seen = Answers(), Told(), CompileCounter()
     model = toy_model(0)
     moe = model.cfg.moe
-    config = small(drafts=0, slots=8, pages=8 * 16, redundant_experts=4, rebalance_every=3)
+    config = small(drafts=0, chunk=8, slots=8, pages=8 * 16, redundant_experts=4, rebalance_every=3)
     engine = on_ranks(model, config, answers, observer=told)
     runner = engine._runner
     assert not loads_of(engine).any(), "the warm-up was counted"
@@ -150,7 +150,7 @@ def test_one_request_on_four_ranks_is_counted_once():
     """Three ranks run padding, which writes nothing, draws nothing and chooses no expert."""
     answers, metrics = Answers(), Metrics("toy")
     model, numbers = toy_model(0), metrics.engine("ifb0")
-    config = small(drafts=0, slots=8, pages=8 * 16, redundant_experts=4, rebalance_every=0)
+    config = small(drafts=0, chunk=8, slots=8, pages=8 * 16, redundant_experts=4, rebalance_every=0)
     observer = EngineObserver(numbers, config.accept)
     engine = on_ranks(model, config, answers, observer=observer)
     idle = [np.asarray(x)[2:] for x in jax.tree.leaves(engine._runner.state) if x.shape[0] == 8]

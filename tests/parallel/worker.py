@@ -1,7 +1,8 @@
-"""What each process of `test_processes.py` runs: python -m tests.parallel.worker OUT"""
+"""What each process of `test_processes.py` runs: python -m tests.parallel.worker OUT PART..."""
 
 import os
 import sys
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -17,11 +18,12 @@ from train_mtp.step import init_state, place_batch, train_step
 PROMPTS = [[5, 6, 7, 8, 9], [11], [4] * 9]
 
 
-def results() -> dict[str, np.ndarray]:
-    """A forward pass, decoding with drafts and a training step, each on 8 devices in its own
-    layout. On every process the same.
+def results(parts: Sequence[str]) -> dict[str, np.ndarray]:
+    """What functions of this file compute, each on 8 devices in its own layout. On every process
+    the same.
     """
-    return {**forward(), **decoded(), **trained()}
+    run = {"forward": forward, "decoded": decoded, "trained": trained}
+    return {name: x for part in parts for name, x in run[part]().items()}
 
 
 def forward() -> dict[str, np.ndarray]:
@@ -83,5 +85,6 @@ if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8 // place.processes)
     place.join()
-    found = results()
-    np.savez(f"{sys.argv[1]}.{place.process}.npz", **found)
+    out, *parts = sys.argv[1:]
+    found = results(parts)
+    np.savez(f"{out}.{place.process}.npz", **found)

@@ -11,6 +11,7 @@ import httpx2
 import numpy as np
 import pytest
 
+from dskjax.decode.rules import RuleOptions
 from serve import runner
 from tests.serve.http.test_lm_eval import post, read_scores, scoring
 from tests.serve.http_stack import LETTERS, alone, serving
@@ -23,7 +24,8 @@ QUESTION = {"model": "toy", "logprobs": 1, "echo": True, "temperature": 0, "seed
 
 @pytest.fixture(scope="module")
 def stack():
-    with serving(small(prompt_logprobs=True, drafts=1, chunk=8), MODULES) as stack:
+    strict = {"rules": ("strict",), "accept": RuleOptions(name="strict")}
+    with serving(small(prompt_logprobs=True, drafts=1, chunk=8, **strict), MODULES) as stack:
         yield stack
 
 

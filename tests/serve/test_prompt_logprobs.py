@@ -37,6 +37,7 @@ def served(request):
         drafts=1,
         pages=24,
         prompt_logprobs=True,
+        rules=("strict",),
         accept=RuleOptions(name="strict"),
     )
     engine = build(toy_model(MODULES), config, answers)

@@ -11,6 +11,7 @@ from dskjax.axes import Sharding
 from dskjax.mesh import make_mesh, preset
 from dskjax.model import param_specs
 from dskjax.params import named_leaves
+from serve.programs import CompileCounter
 from tests.train_mtp import toy
 from train_mtp import optim
 from train_mtp.state import TrainState, abstract_state, state_shardings
@@ -224,6 +225,16 @@ def test_sharded_step_equals_the_unsharded_one(first, layout):
     clear = jax.tree.map(lambda mu: np.abs(mu) > 1e-6, expected.opt_state[1].mu)
     train, reference = (RECIPE.split(tree)[0] for tree in (copy(state.params), expected.params))
     jax.tree.map(lambda where, a, b: close(a[where], b[where]), clear, train, reference)
+
+
+def test_seeds_share_the_program_of_the_first_weights_and_no_weight():
+    first, compiled = init_state(RECIPE, 2), CompileCounter()
+    second = jax.block_until_ready(init_state(RECIPE, 7))
+    assert compiled.count == 0
+    ours, others = (dict(named_leaves(state.params)) for state in (first, second))
+    for name, spec in named_leaves(SPECS):
+        drawn = spec.init not in ("zeros", "ones")
+        assert drawn == bool(np.any(ours[name] != others[name])), name
 
 
 @pytest.mark.full

@@ -269,11 +269,10 @@ def first_state(
     config: HeadsConfig, recipe: HeadsRecipe, frozen: Params, trunk: ModelConfig
 ) -> TrainState:
     """Step 0 of a run; `frozen` with the checkpoint's own modules, from which heads may begin."""
-
-    def make(frozen: Params) -> Params:
-        return first_weights(frozen, trunk, recipe, config.init, config.seed)
-
-    return make_state(recipe, make, frozen)
+    key = jax.random.key(config.seed)
+    return make_state(
+        recipe, first_weights, frozen, key, trunk=trunk, recipe=recipe, init=config.init
+    )
 
 
 def _place(recipe: HeadsRecipe, parts: int, batch: Batch) -> Any:

@@ -13,22 +13,24 @@ from train_mtp.heads.recipe import MODULES, HeadsRecipe
 Init = Literal["last", "random"]
 
 
-def first_weights(frozen: Params, trunk: ModelConfig, recipe: HeadsRecipe, init: Init, seed: int):
+def first_weights(
+    frozen: Params, key: jax.Array, *, trunk: ModelConfig, recipe: HeadsRecipe, init: Init
+) -> Params:
     """fp32 masters of the modules; for use under jit.
 
     Args:
         frozen: params of the trunk, with its own MTP modules if it has some.
-        trunk: its config.
+        key: of what is random.
+        trunk: the config of `frozen`.
         recipe: which modules are wanted.
         init: "last": every module is a copy of the checkpoint's last MTP module; if it has none,
             its block is a copy of the trunk's last layer and the rest is random. "random": all of
             it.
-        seed: of what is random.
 
     Raises:
         ValueError: "last" from a trunk whose last layer has no experts.
     """
-    drawn = initialise(recipe.specs(), jax.random.key(seed), jnp.float32)
+    drawn = initialise(recipe.specs(), key, jnp.float32)
     if init == "random":
         return drawn
     if MODULES in frozen and trunk.mtp.num_nextn_predict_layers:

@@ -9,7 +9,6 @@ import json
 import re
 from pathlib import Path
 
-import httpx2
 import pytest
 
 from tests.serve.http.fake import TINY, WORDS

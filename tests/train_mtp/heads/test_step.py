@@ -197,9 +197,8 @@ def test_gradients_stop_between_depths_only_when_asked():
 
 @pytest.mark.parametrize("weights", [pytest.param("independent", marks=pytest.mark.full), "shared"])
 def test_accumulated_batches_equal_one_large_one(weights):
-    of = recipe(weights, bias_update_rate=0.0)
-    rows = batch(rows=6)
-    parts = jax.tree.map(lambda a: a.reshape(3, 2, *a.shape[1:]), rows)
+    of, rows = recipe(weights), batch()
+    parts = jax.tree.map(lambda a: a.reshape(4, 1, *a.shape[1:]), rows)
     one, told = head_step(state(of), frozen(), rows, taught(of, rows), recipe=of)
     many, said = accumulated_step(state(of), frozen(), parts, recipe=of)
     assert float(said["total_loss"]) == pytest.approx(float(told["total_loss"]), rel=1e-5)
@@ -223,7 +222,7 @@ def test_sharded_steps_equal_unsharded_ones(weights, rules, mesh):
     of = recipe(weights, depths=2)
     made = make_mesh(**mesh, devices=jax.devices()[:4])
     on = dataclasses.replace(of, sharding=preset(rules, made))
-    rows = batch(rows=8)
+    rows = batch()
     one, told = head_step(state(of), frozen(), rows, taught(of, rows), recipe=of)
     many, said = head_step(state(on), frozen(), rows, taught(on, rows), recipe=on)
     assert float(said["total_loss"]) == pytest.approx(float(told["total_loss"]), rel=1e-5)

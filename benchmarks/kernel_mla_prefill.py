@@ -1,0 +1,136 @@
+"""`mla_prefill` for `benchmarks.kernels`: random rows on the device, a check, and figures."""
+
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.mla_prefill import api, mosaic_sm90, reference
+from pallas_kernels.mla_prefill.block_list import visible
+from pallas_kernels.mla_prefill.cases import BENCH, Case
+from pallas_kernels.mla_prefill.tiles import Tiles
+
+CASES = BENCH
+MATMUL = "matmul_tflops"
+TOLERANCE = 1e-2
+"""Of |got - want| / |want|: bf16 results of bf16 products are off by 2e-3 to 4e-3."""
+PEAK = 4.0
+"""Queries are multiplied with it for a second check, where maxima grow from tile to tile."""
+HEADS = (0, 77)
+"""That are checked."""
+QUERIES = ("q_nope", "q_rope")
+NAMES = (*QUERIES, "k_nope", "k_rope", "v", "plan", "blocks")
+
+# Microseconds on another H100 80GB HBM3 on 2026-11-22, whose ceilings were as below. All of them
+# are causal with 128 heads of 192 channels; "padded" has values of 192 channels too, as jax.nn
+# wants them. cuDNN 9.19; FlashAttention-2 through torch 2.11.
+REFERENCES = {
+    "deepseek-v3 b1 t4096": {
+        "cuDNN by torch": 1162,
+        "cuDNN by jax.nn, padded": 1456,
+        "FlashAttention-2, padded": 2691,
+    },
+}
+REFERENCE_CEILINGS = {"matmul_tflops": 738.0, "read_gbs": 3120.0}
+
+
+def make(case: Case, seed: int = 0) -> dict[str, Any]:
+    """Random arguments on the device; they are larger than the L2 cache."""
+    shapes, keys = case.abstract(), iter(jax.random.split(jax.random.key(seed), 5))
+    args: dict[str, Any] = {
+        name: jax.random.normal(next(keys), shape.shape, shape.dtype)
+        for name, shape in shapes.items()
+        if name not in ("plan", "blocks")
+    }
+    arrays = [jnp.asarray(a) for a in case.plan_arrays(seed)]
+    return args | dict(zip(("plan", "blocks"), jax.jit(case.planned)(*arrays), strict=True))
+
+
+def implementations(case: Case, sweep: bool, others: bool) -> Iterator[tuple[str, Any]]:
+    """(name, function of the op's arguments)."""
+    yield "mosaic_sm90", mosaic_sm90.mla_prefill
+    if others and case.a_shape is None:
+        yield "cudnn", functools.partial(api.mla_prefill, impl="cudnn", with_lse=False)
+    if sweep:
+        for (keys, slots), ping_pong in itertools.product(((128, 2), (64, 4)), (True, False)):
+            tiles = Tiles(keys=keys, slots=slots, ping_pong=ping_pong)
+            if case.a_shape is None or keys == 128:  # the tile of its list
+                name = f"mosaic_sm90 keys {keys} slots {slots} ping-pong {ping_pong}"
+                yield name, functools.partial(mosaic_sm90.mla_prefill, tiles=tiles)
+
+
+def every_layer(run: Any, case: Case, args: dict[str, Any]) -> tuple[Any, Any, int]:
+    """(a function that does the op once; what it takes; 1)."""
+    return _compiled(run, case), args.values(), 1
+
+
+def answers(case: Case, args: dict[str, Any]) -> dict[str, tuple[list[Any], Any, Any]]:
+    """(operands, out and lse of `HEADS` by the fp32 reference), for random and peaked scores."""
+    found, heads = {}, np.asarray(HEADS)
+    for name, factor in (("random", 1.0), ("peaked", PEAK)):
+        changed = args | {k: args[k] * jnp.bfloat16(factor) for k in QUERIES}
+        few = changed | {k: changed[k][:, heads] for k in (*QUERIES, "k_nope", "v")}
+        with jax.default_matmul_precision("highest"):
+            want = _compiled(reference.mla_prefill, case)(*few.values())
+        found[name] = list(changed.values()), *want
+    return found
+
+
+def check(run: Any, case: Case, answers: dict[str, tuple[list[Any], Any, Any]]) -> dict[str, float]:
+    """Relative errors against `answers`; an implementation without log-sum-exp has one less.
+
+    Raises:
+        ValueError: an error is larger than the tolerance.
+    """
+    errors, heads, compiled = {}, np.asarray(HEADS), _compiled(run, case)
+    for name, (operands, *want) in answers.items():
+        nan = jnp.full(operands[0].shape, jnp.nan, jnp.bfloat16)
+        jax.block_until_ready(nan)
+        del nan  # what a kernel leaves unwritten should hold no right answer
+        for part, g, w in zip(("out", "lse"), compiled(*operands), want, strict=True):
+            if g is None:
+                continue
+            error = float(_relative(g[:, heads], w))
+            errors[f"{name} {part}"] = error
+            if not error <= TOLERANCE:
+                raise ValueError(f"{case}, {name}: {part} is off by {error:.3g} of its size")
+    return errors
+
+
+def _compiled(run: Any, case: Case) -> Any:
+    def function(*operands: Any) -> Any:
+        args = dict(zip(NAMES, operands, strict=True))
+        blocks = args.pop("blocks")
+        options = {} if blocks is None else {"blocks": blocks}
+        return run(**args, scale=case.scale, **options)
+
+    return jax.jit(function)
+
+
+@jax.jit
+def _relative(got: jax.Array, want: jax.Array) -> jax.Array:
+    got, want = got.astype(jnp.float32), want.astype(jnp.float32)
+    return jnp.linalg.norm(got - want) / jnp.linalg.norm(want)
+
+
+def flops(case: Case) -> float:
+    """Multiplications and additions that the definition asks for: of keys that are seen."""
+    seen: float = sum(new * prefix + new * (new + 1) / 2 for prefix, new in case.chunks)
+    if case.a_shape is not None:
+        arrays = [jnp.asarray(a) for a in case.plan_arrays(0)]
+        seen = float(jax.jit(lambda *a: _count_seen(*case.planned(*a)))(*arrays))
+    return 2.0 * case.heads * seen * (case.nope + case.rope + case.value)
+
+
+def _count_seen(plan: Any, blocks: Any) -> jax.Array:
+    return visible(plan, blocks).sum(axis=-1).astype(jnp.float32).sum()
+
+
+def bytes_moved(case: Case, args: dict[str, Any]) -> float:
+    """Queries, keys, values and results once."""
+    arrays = [args[name] for name in (*QUERIES, "k_nope", "k_rope", "v", "q_nope")]
+    return float(sum(x.size * x.dtype.itemsize for x in arrays))
