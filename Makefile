@@ -46,7 +46,7 @@ test-full: lint
 	@$(BIN)/python scripts/test_full.py -n $(WORKERS) --dist worksteal $(ARGS)
 
 # An environment of its own, build/aot/venv or AOT_VENV; make aot ARGS=--record records anew.
-aot:
+aot: setup
 	@scripts/aot.sh $(ARGS)
 
 format: setup

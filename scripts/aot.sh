@@ -1,6 +1,7 @@
 #!/bin/sh
 # Compiles every GPU kernel for an H100 on a machine without a GPU (pallas_kernels/testing/aot.py)
-# and compares registers, spills and memory with benchmarks/results/aot.json.
+# and compares registers, spills and memory with benchmarks/results/aot.json; then whole decode steps
+# (benchmarks/aot_step.py).
 #
 #   scripts/aot.sh [--record] [-k TEXT]
 #   scripts/aot.sh --module NAME ARGS...    another module that compiles, in the project's .venv
@@ -46,3 +47,8 @@ export MOSAIC_GPU_DUMP_PTXAS=1 MOSAIC_GPU_DUMP_TO="$dump/mosaic"
     cat "$dump/errors" >&2
     exit 1
 }
+# And whole steps, which must copy neither weights nor caches.
+if [ $# -eq 0 ]; then
+    unset MOSAIC_GPU_DUMP_PTXAS MOSAIC_GPU_DUMP_TO
+    scripts/aot.sh --module benchmarks.aot_step
+fi

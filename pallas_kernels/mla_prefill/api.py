@@ -37,7 +37,7 @@ def hopper_refusal(
 
 
 def _supports_mosaic_sm90(*args: Any, **kwargs: Any) -> str | None:
-    return no_hopper() or hopper_refusal(*args)
+    return no_hopper() or hopper_refusal(*args) or _UNPROVEN
 
 
 def _mosaic_sm90(*args: Any, **kwargs: Any) -> tuple[jax.Array, jax.Array]:
@@ -47,13 +47,12 @@ def _mosaic_sm90(*args: Any, **kwargs: Any) -> tuple[jax.Array, jax.Array]:
     return mosaic_sm90.mla_prefill(*args, **kwargs)
 
 
-def _by_name_only(*_: Any, **__: Any) -> str | None:
-    return "not timed beside cuDNN yet: ask for it by name"
+_UNPROVEN = "its tests have not all passed on a GPU yet; benchmarks/kernel_mla_prefill.py runs it"
 
 
 IMPLEMENTATIONS = (
     Implementation("cudnn", cudnn.mla_prefill, supports=cudnn.supports),
-    Implementation("mosaic_sm90", _mosaic_sm90, auto=_by_name_only, supports=_supports_mosaic_sm90),
+    Implementation("mosaic_sm90", _mosaic_sm90, supports=_supports_mosaic_sm90),
     Implementation("xla", xla.mla_prefill, auto=on_gpu_only),
     Implementation("reference", reference.mla_prefill),
 )

@@ -85,6 +85,13 @@ def _backward(g: Geometry, args: Any, gradients: Any) -> tuple[Any, ...]:
 _attend.defvjp(_forward, _backward)
 
 
+def known_values(v: jax.Array, plan: MlaPrefillPlan) -> jax.Array:
+    """Zeros for keys that nobody sees: their probabilities are 0, but 0 * NaN is NaN. XLA does it
+    where it makes the values, which the kernel wants in one piece anyway.
+    """
+    return jnp.where(plan.used_keys()[:, None, None], v, jnp.zeros_like(v))
+
+
 # A jit of its own, so that all layers of an unrolled model call one function: otherwise the kernel
 # is compiled for each of them.
 @functools.partial(jax.jit, static_argnums=0)
@@ -100,6 +107,7 @@ def _run(
 ) -> tuple[jax.Array, jax.Array]:
     tokens, heads, _ = q_nope.shape
     work = list_work(plan, g.tiles.keys, blocks)
+    v = known_values(v, plan)
     operands = {
         "q_nope": q_nope,
         "q_rope": q_rope,
