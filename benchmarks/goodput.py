@@ -84,7 +84,7 @@ def apart(
         limit: milliseconds a token.
         share: of GPUs that prefill.
     """
-    prefilled = max(row["prefilled_per_second_per_gpu"] for row in prefill)
+    prefilled = max((row["prefilled_per_second_per_gpu"] for row in prefill), default=0.0)
     most = share * prefilled / what.prompt * what.output
     best = NOTHING
     for row in decode:

@@ -76,7 +76,7 @@ def main() -> None:
         "rows": [],
     }
     for part in args.parts:
-        for row in RUN[part](args):
+        for row in rows_of(part, args):
             report["rows"].append({"part": part} | row)
             print(json.dumps(report["rows"][-1]), flush=True)
             if args.out is not None:
@@ -84,6 +84,21 @@ def main() -> None:
                 path.write_text(json.dumps(report, indent=1) + "\n")
     if args.out is not None:
         draw(report, args.out / f"{args.name}.png")
+
+
+def rows_of(part: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What a part measures; if its weights do not fit, a row that says so."""
+    try:
+        yield from RUN[part](args)
+    except jax.errors.JaxRuntimeError as error:
+        yield too_large(error)
+
+
+def too_large(error: Exception) -> dict[str, Any]:
+    """A row for what does not fit; other errors are raised again."""
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        raise error
+    return {"failed": str(error).splitlines()[0][:200]}
 
 
 def arguments() -> argparse.Namespace:
@@ -198,23 +213,15 @@ def pd(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     drafts, context = max(args.drafts), REQUESTS.prompt
     half = slice_on(args, layers=args.layers, devices=devices[: len(devices) // 2])
     whole = slice_on(args, layers=args.layers)
-    rows: dict[str, list[dict[str, Any]]] = {"half": [], "whole": [], "mixed": []}
-    params = half.params()
-    chunk = Load(context=context, chunk=args.chunk)
-    rows["prefill"] = [timed(half, params, chunk, args)]
-    for batch in args.batch:
-        load = Load(batch=batch, context=context, drafts=drafts)
-        rows["half"].append(timed(half, params, load, args))
-    params = whole.params()
-    for batch in args.batch:
-        load = Load(batch=batch, context=context, drafts=drafts)
-        rows["whole"].append(timed(whole, params, load, args))
-        mixed = dataclasses.replace(load, chunk=args.chunk)
-        rows["mixed"].append(timed(whole, params, mixed, args))
-    for name, found in rows.items():
-        for row in found:
+    good: dict[str, list[dict[str, Any]]] = {"half": [], "prefill": [], "whole": [], "mixed": []}
+    for model in (half, whole):
+        params = model.params()
+        for name, load in loads_of("half" if model is half else "whole", args, drafts, context):
+            row = timed(model, params, load, args)
             yield {"on": name} | row
-    good = {name: [r for r in found if "step_us" in r] for name, found in rows.items()}
+            if "step_us" in row:
+                good[name].append(row)
+        del params
     for limit in LIMITS:
         yield {
             "limit_ms": limit,
@@ -222,6 +229,19 @@ def pd(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             "apart": goodput.apart(good["half"], good["prefill"], REQUESTS, limit)._asdict(),
             "together": goodput.together(good["whole"], good["mixed"], REQUESTS, limit)._asdict(),
         }
+
+
+def loads_of(
+    on: str, args: argparse.Namespace, drafts: int, context: int
+) -> Iterator[tuple[str, Load]]:
+    """(what it is for, load): prefill and decode apart on half of the GPUs, or mixed on all."""
+    if on == "half":
+        yield "prefill", Load(context=context, chunk=args.chunk)
+    for batch in args.batch:
+        load = Load(batch=batch, context=context, drafts=drafts)
+        yield on, load
+        if on == "whole":
+            yield "mixed", dataclasses.replace(load, chunk=args.chunk)
 
 
 RUN: dict[str, Callable[[argparse.Namespace], Iterator[dict[str, Any]]]] = {
@@ -240,9 +260,7 @@ def timed(
     try:
         return measure(model, params, load, acceptance=args.acceptance, kernels=kernels)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return dataclasses.asdict(load) | {"failed": str(error).splitlines()[0][:200]}
+        return dataclasses.asdict(load) | too_large(error)
 
 
 # ---------------------------------------------------------------------- loads of experts
