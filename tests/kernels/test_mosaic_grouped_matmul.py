@@ -24,7 +24,7 @@ from pallas_kernels.grouped_matmul import (
     ring,
     rows,
 )
-from pallas_kernels.grouped_matmul.tiles import Tiles
+from pallas_kernels.grouped_matmul.tiles import Tiles, fp8_tiles, w4a8_tiles
 from pallas_kernels.select import H100_SMS, choose, no_hopper
 from pallas_kernels.testing.interpret import RaceError
 from tests.kernels.grouped_matmul_suite import check, expected, has, interpreted, run
@@ -281,6 +281,12 @@ def test_each_format_has_its_kernel():
 def test_tiles_are_checked(sizes, message):
     with pytest.raises(ValueError, match=message):
         Tiles(**sizes)
+
+
+@pytest.mark.parametrize("choose_tiles", [fp8_tiles, w4a8_tiles])
+@pytest.mark.parametrize(("mean", "rows"), [(0.3, 8), (2, 8), (4, 16), (8, 16), (16, 32), (32, 32)])
+def test_most_experts_fit_in_a_tile_wherever_they_begin(choose_tiles, mean, rows):
+    assert choose_tiles(round(mean * 256), 256, 56).rows == rows
 
 
 # ------------------------------------------------------------------ lowering for CUDA

@@ -76,3 +76,41 @@ def test_masked_softmax_of_huge_scores():
     probs, lse = masked_softmax(jnp.asarray([[1e30, 1e30], [-1e30, 0]]), jnp.ones((2, 2), bool))
     np.testing.assert_array_equal(probs, [[0.5, 0.5], [0, 1]])
     np.testing.assert_allclose(lse, [1e30, 0])
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="a GPU needs no pretence")
+def test_choices_for_a_hopper_that_is_not_there():
+    asked = (select.no_hopper, select.no_ada, select.on_gpu_only)
+    assert all(ask() for ask in asked)
+    with select.for_hopper():
+        assert not any(ask() for ask in asked)
+    assert all(ask() for ask in asked)
+
+
+@pytest.mark.devices(2)
+def test_arrays_are_whole_where_every_mesh_axis_is_manual():
+    found = {}
+
+    def ask(name):
+        def body(x):
+            found[name] = select.whole_arrays_only()
+            return x
+
+        return body
+
+    axes = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 1), ("a", "b"), axis_types=axes, devices=jax.devices()[:2])
+    one = jax.make_mesh((1, 1), ("a", "b"), axis_types=axes, devices=jax.devices()[:1])
+    split = jax.sharding.PartitionSpec("a")
+    for name, where, names in (
+        ("all", mesh, {"a", "b"}),
+        ("one device", one, {"a", "b"}),
+        ("some", mesh, {"a"}),
+    ):
+        run = jax.shard_map(
+            ask(name), mesh=where, in_specs=split, out_specs=split, axis_names=names
+        )
+        jax.jit(run)(jnp.zeros(4))
+    ask("outside")(None)
+    assert found["all"] is None and found["one device"] is None
+    assert found["some"] and found["outside"]
