@@ -15,6 +15,7 @@ from benchmarks.layers import one_by_one
 from pallas_kernels.expert_mlp import mosaic_sm90, xla
 from pallas_kernels.expert_mlp.cases import BENCH, Case
 from pallas_kernels.grouped_matmul import cases as products
+from pallas_kernels.testing.bench import relative_error
 
 CASES = tuple(case for case in BENCH if case.weight != "array")
 MATMUL = "fp8_tflops"
@@ -151,16 +152,11 @@ def check(
     """
     operands, some, want, exact = answers
     got = jax.jit(run)(*operands)[some]
-    found = {"same": _off(got, want), "exact": _off(got, exact)}
-    limit = NO_WORSE * _off(want, exact)
+    found = {"same": float(relative_error(got, want)), "exact": float(relative_error(got, exact))}
+    limit = NO_WORSE * float(relative_error(want, exact))
     if run is not xla.expert_mlp and not (found["same"] <= TOLERANCE and found["exact"] <= limit):
         raise ValueError(f"{case}: {found}; expected at most {TOLERANCE} and {limit:.3g}")
     return found
-
-
-def _off(got: jax.Array, want: jax.Array) -> float:
-    got, want = got.astype(jnp.float32), want.astype(jnp.float32)
-    return float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
 
 
 def flops(case: Case) -> float:

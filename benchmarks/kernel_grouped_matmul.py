@@ -30,6 +30,7 @@ from pallas_kernels.quant import (
     dequantise,
     quantise,
 )
+from pallas_kernels.testing.bench import relative_error
 from pallas_kernels.testing.generate import group_sizes
 
 CASES = tuple(case for case in BENCH if case.weight != "array")
@@ -232,17 +233,11 @@ def check(run: Any, case: Case, answers: dict[str, tuple[list[Any], Any]]) -> di
         del nan  # what a kernel leaves unwritten should hold no right answer
         out = compiled(*operands).reshape(case.rows, outputs)
         for row, values in want.items():
-            error = float(relative(out[row : row + len(values)], values))
+            error = float(relative_error(out[row : row + len(values)], values))
             errors[name] = max(errors.get(name, 0.0), error)
             if not error <= TOLERANCE:
                 raise ValueError(f"{case}: rows from {row} are off by {error:.3g} of their size")
     return errors
-
-
-@jax.jit
-def relative(got: jax.Array, want: jax.Array) -> jax.Array:
-    """|got - want| / |want|."""
-    return jnp.linalg.norm(got.astype(jnp.float32) - want) / jnp.linalg.norm(want)
 
 
 def flops(case: Case) -> float:

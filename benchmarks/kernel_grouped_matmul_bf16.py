@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.kernel_grouped_matmul import TOLERANCE, relative
+from benchmarks.kernel_grouped_matmul import TOLERANCE
 from pallas_kernels.grouped_matmul import mosaic_sm90_bf16, xla
 from pallas_kernels.grouped_matmul.cases import BENCH, GRADIENTS, Case, Gradient
 from pallas_kernels.grouped_matmul.tiles import Tiles, bf16_tiles, weight_gradient_tiles
+from pallas_kernels.testing.bench import relative_error
 from pallas_kernels.testing.generate import group_sizes
 
 CASES = (*(case for case in BENCH if case.weight == "array"), *GRADIENTS)
@@ -232,7 +233,7 @@ def check(
         del nan  # what a kernel leaves unwritten should hold no right answer
         out = compiled(*operands)
         for (begin, end), values in want.items():
-            error = float(relative(out[begin:end].reshape(values.shape), values))
+            error = float(relative_error(out[begin:end].reshape(values.shape), values))
             errors[name] = max(errors.get(name, 0.0), error)
             if not error <= TOLERANCE:
                 raise ValueError(f"{case}: {begin}..{end} are off by {error:.3g} of their size")

@@ -21,6 +21,7 @@ from pallas_kernels.matmul.cases import BENCH, Case
 from pallas_kernels.matmul.tiles import MOST_SPLITS, Cut, usual_cut
 from pallas_kernels.quant import FP8_BLOCK, FP8_TILE, QTensor, dequantise, quantise
 from pallas_kernels.select import count_sms
+from pallas_kernels.testing.bench import relative_error
 
 CASES = BENCH
 SET_BYTES = 2**28
@@ -167,15 +168,12 @@ def check(run: Any, case: Case, answers: dict[str, tuple[list[Any], Any]]) -> di
     [operands, (rounded, plain)] = answers["random"]
     out = jax.jit(run)(*operands).reshape(operands[0].shape[0], -1)
     want = rounded if isinstance(run, Kernel) else plain
-    error = float(_relative(jnp.concatenate([out[:, :CHECKED], out[:, -CHECKED:]], axis=1), want))
+    error = float(
+        relative_error(jnp.concatenate([out[:, :CHECKED], out[:, -CHECKED:]], axis=1), want)
+    )
     if not error <= TOLERANCE:
         raise ValueError(f"{case}: results are off by {error:.3g} of their size")
     return {"random": error}
-
-
-@jax.jit
-def _relative(got: jax.Array, want: jax.Array) -> jax.Array:
-    return jnp.linalg.norm(got.astype(jnp.float32) - want) / jnp.linalg.norm(want)
 
 
 def flops(case: Case) -> float:

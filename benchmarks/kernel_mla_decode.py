@@ -17,6 +17,7 @@ from pallas_kernels.mla_decode.plan import with_work
 from pallas_kernels.mla_decode.tiles import Tiles
 from pallas_kernels.quant import FP8_TILE, quantise
 from pallas_kernels.select import count_sms
+from pallas_kernels.testing.bench import relative_error
 
 CASES = BENCH
 POOL_BYTES = 2**28
@@ -173,7 +174,7 @@ def check(run: Any, case: Case, answers: dict[str, tuple[list[Any], Any, Any]]) 
         jax.block_until_ready(nan)
         del nan  # what a kernel leaves unwritten should hold no right answer
         for part, g, w in zip(("out", "lse"), compiled(*operands), want, strict=True):
-            error = float(_relative(g[rows], w))
+            error = float(relative_error(g[rows], w))
             errors[f"{name} {part}"] = error
             if not error <= TOLERANCE:
                 raise ValueError(f"{case}, {name}: {part} is off by {error:.3g} of its size")
@@ -186,12 +187,6 @@ def _at_layer(run: Any, scale: float) -> Any:
         return run(q_latent, q_rope, cache, layer, page_table, plan, scale=scale)
 
     return jax.jit(function)
-
-
-@jax.jit
-def _relative(got: jax.Array, want: jax.Array) -> jax.Array:
-    got, want = got.astype(jnp.float32), want.astype(jnp.float32)
-    return jnp.linalg.norm(got - want) / jnp.linalg.norm(want)
 
 
 def flops(case: Case) -> float:

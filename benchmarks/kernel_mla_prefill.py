@@ -13,6 +13,7 @@ from pallas_kernels.mla_prefill import api, mosaic_sm90, reference
 from pallas_kernels.mla_prefill.block_list import visible
 from pallas_kernels.mla_prefill.cases import BENCH, Case
 from pallas_kernels.mla_prefill.tiles import Tiles
+from pallas_kernels.testing.bench import relative_error
 
 CASES = BENCH
 MATMUL = "matmul_tflops"
@@ -94,7 +95,7 @@ def check(run: Any, case: Case, answers: dict[str, tuple[list[Any], Any, Any]]) 
         for part, g, w in zip(("out", "lse"), compiled(*operands), want, strict=True):
             if g is None:
                 continue
-            error = float(_relative(g[:, heads], w))
+            error = float(relative_error(g[:, heads], w))
             errors[f"{name} {part}"] = error
             if not error <= TOLERANCE:
                 raise ValueError(f"{case}, {name}: {part} is off by {error:.3g} of its size")
@@ -109,12 +110,6 @@ def _compiled(run: Any, case: Case) -> Any:
         return run(**args, scale=case.scale, **options)
 
     return jax.jit(function)
-
-
-@jax.jit
-def _relative(got: jax.Array, want: jax.Array) -> jax.Array:
-    got, want = got.astype(jnp.float32), want.astype(jnp.float32)
-    return jnp.linalg.norm(got - want) / jnp.linalg.norm(want)
 
 
 def flops(case: Case) -> float:

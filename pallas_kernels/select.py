@@ -93,7 +93,7 @@ def whole_arrays_only(*_: Any, **__: Any) -> str | None:
     would gather them first. Within `shard_map` they are a device's own.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if jax.device_count() == 1 or not mesh.empty and mesh.are_all_axes_manual:
+    if jax.device_count() == 1 or mesh.are_all_axes_manual:
         return None
     return f"{jax.device_count()} devices may share an array here: ask for it by name"
 

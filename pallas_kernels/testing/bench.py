@@ -96,6 +96,13 @@ def _kernels(compiled: Any, args: tuple[Any, ...]) -> list[float] | None:
     return milliseconds and [1e3 * ms for ms in milliseconds]
 
 
+@jax.jit
+def relative_error(got: jax.Array, want: jax.Array) -> jax.Array:
+    """|got - want| / |want|, in fp32."""
+    got, want = got.astype(jnp.float32), want.astype(jnp.float32)
+    return jnp.linalg.norm(got - want) / jnp.linalg.norm(want)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ceilings:
     """What the card reaches in simple programs.

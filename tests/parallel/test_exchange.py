@@ -14,6 +14,7 @@ from dskjax.expert_parallel import Exchange
 from dskjax.mesh import make_mesh, preset
 from pallas_kernels import expert_mlp, peer_exchange, quantise
 from pallas_kernels.quant import FP8_BLOCK, FP8_TILE, INT4_GROUP, dequantise
+from pallas_kernels.select import whole_arrays_only
 from pallas_kernels.testing import Tolerance, assert_close
 from pallas_kernels.testing.lower import lower_for_h100s
 from tests.parallel.common import choices, needs_8
@@ -75,6 +76,22 @@ def over(dp: int, ep: int, mode: str, **options) -> Exchange:
 def test_equals_one_device(dp, ep, mode, rows):
     args = make(rows)
     assert_close(run_of(over(dp, ep, mode))(*args), alone(*args), SPLIT_SUM)
+
+
+@needs_8
+@pytest.mark.parametrize(
+    ("dp", "ep", "mode"), [(1, 8, "sum"), (1, 8, "throughput"), (8, 1, "local")]
+)
+def test_every_axis_is_named_so_that_kernels_may_run(dp, ep, mode, monkeypatch):
+    refusals = []
+
+    def products(x, *_, **__):
+        refusals.append(whole_arrays_only())
+        return x
+
+    monkeypatch.setattr(sys.modules[Exchange.__module__], "expert_mlp", products)
+    jax.eval_shape(functools.partial(over(dp, ep, mode).experts, impl="auto"), *make(16))
+    assert refusals and not any(refusals)
 
 
 @needs_8
