@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.mla_prefill import api, mosaic_sm90, reference
-from pallas_kernels.mla_prefill.block_list import visible
+from pallas_kernels.mla_prefill.block_list import BlockList, visible
 from pallas_kernels.mla_prefill.cases import BENCH, Case
-from pallas_kernels.mla_prefill.tiles import Tiles
+from pallas_kernels.mla_prefill.plan import MlaPrefillPlan
+from pallas_kernels.mla_prefill.tiles import QUERY_TILE, Tiles
 from pallas_kernels.testing.bench import relative_error
 
 CASES = BENCH
@@ -21,8 +22,6 @@ TOLERANCE = 1e-2
 """Of |got - want| / |want|: bf16 results of bf16 products are off by 2e-3 to 4e-3."""
 PEAK = 4.0
 """Queries are multiplied with it for a second check, where maxima grow from tile to tile."""
-HEADS = (0, 77)
-"""That are checked."""
 QUERIES = ("q_nope", "q_rope")
 NAMES = (*QUERIES, "k_nope", "k_rope", "v", "plan", "blocks")
 
@@ -47,21 +46,29 @@ def make(case: Case, seed: int = 0) -> dict[str, Any]:
         for name, shape in shapes.items()
         if name not in ("plan", "blocks")
     }
-    arrays = [jnp.asarray(a) for a in case.plan_arrays(seed)]
-    return args | dict(zip(("plan", "blocks"), jax.jit(case.planned)(*arrays), strict=True))
+    plan = case.plan(*(jnp.asarray(a) for a in case.plan_arrays(seed)))
+    return args | {"plan": plan, "blocks": jax.jit(case.blocks)(plan, args)}
 
 
 def implementations(case: Case, sweep: bool, others: bool) -> Iterator[tuple[str, Any]]:
     """(name, function of the op's arguments)."""
     yield "mosaic_sm90", mosaic_sm90.mla_prefill
-    if others and case.a_shape is None:
+    if case.top is not None:
+        yield "mosaic_sm90 and its list", functools.partial(_listed, case)
+    listed = case.a_shape is not None or case.top is not None
+    if others and not listed:
         yield "cudnn", functools.partial(api.mla_prefill, impl="cudnn", with_lse=False)
     if sweep:
         for (keys, slots), ping_pong in itertools.product(((128, 2), (64, 4)), (True, False)):
             tiles = Tiles(keys=keys, slots=slots, ping_pong=ping_pong)
-            if case.a_shape is None or keys == 128:  # the tile of its list
+            if not listed or keys == 128:  # the tile of its list
                 name = f"mosaic_sm90 keys {keys} slots {slots} ping-pong {ping_pong}"
                 yield name, functools.partial(mosaic_sm90.mla_prefill, tiles=tiles)
+
+
+def _listed(case: Case, *, blocks: Any, **args: Any) -> Any:
+    """Makes the list too, where all others get it."""
+    return mosaic_sm90.mla_prefill(**args, blocks=case.blocks(args["plan"], args))
 
 
 def every_layer(run: Any, case: Case, args: dict[str, Any]) -> tuple[Any, Any, int]:
@@ -70,15 +77,40 @@ def every_layer(run: Any, case: Case, args: dict[str, Any]) -> tuple[Any, Any, i
 
 
 def answers(case: Case, args: dict[str, Any]) -> dict[str, tuple[list[Any], Any, Any]]:
-    """(operands, out and lse of `HEADS` by the fp32 reference), for random and peaked scores."""
-    found, heads = {}, np.asarray(HEADS)
+    """(operands, out and lse of `_sample` by the fp32 reference), for random and peaked scores."""
+    found, (rows, heads) = {}, _sample(case)
+    tiles = rows[::QUERY_TILE] // QUERY_TILE
     for name, factor in (("random", 1.0), ("peaked", PEAK)):
         changed = args | {k: args[k] * jnp.bfloat16(factor) for k in QUERIES}
+        if case.top is not None:
+            changed["blocks"] = jax.jit(case.blocks)(args["plan"], changed)
         few = changed | {k: changed[k][:, heads] for k in (*QUERIES, "k_nope", "v")}
+        few |= {k: few[k][rows] for k in QUERIES}
+        if case.rows == 1:
+            plan = args["plan"]
+            few["plan"] = MlaPrefillPlan(
+                plan.query_seq[rows], plan.query_pos[rows], plan.key_seq, plan.key_pos
+            )
+        if (blocks := changed["blocks"]) is not None:
+            of = heads if blocks.counts.shape[0] > 1 else np.zeros(1, int)
+            listed, counts = (x[of][:, tiles] for x in (blocks.tiles, blocks.counts))
+            few["blocks"] = BlockList(listed, counts, blocks.key_tile)
         with jax.default_matmul_precision("highest"):
             want = _compiled(reference.mla_prefill, case)(*few.values())
         found[name] = list(changed.values()), *want
     return found
+
+
+def _sample(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """Queries and heads that are checked: of long prompts eight tiles, the first and the last too;
+    two heads.
+    """
+    tokens = case.rows * case.queries
+    tiles = np.arange(-(-tokens // QUERY_TILE))
+    if case.rows == 1 and not tokens % QUERY_TILE:
+        tiles = np.unique(np.linspace(0, tiles[-1], 8).astype(int))
+    rows = (tiles[:, None] * QUERY_TILE + np.arange(QUERY_TILE)).reshape(-1)
+    return rows[rows < tokens], np.asarray([0, case.heads * 3 // 5])
 
 
 def check(run: Any, case: Case, answers: dict[str, tuple[list[Any], Any, Any]]) -> dict[str, float]:
@@ -87,7 +119,7 @@ def check(run: Any, case: Case, answers: dict[str, tuple[list[Any], Any, Any]]) 
     Raises:
         ValueError: an error is larger than the tolerance.
     """
-    errors, heads, compiled = {}, np.asarray(HEADS), _compiled(run, case)
+    errors, (rows, heads), compiled = {}, _sample(case), _compiled(run, case)
     for name, (operands, *want) in answers.items():
         nan = jnp.full(operands[0].shape, jnp.nan, jnp.bfloat16)
         jax.block_until_ready(nan)
@@ -95,7 +127,7 @@ def check(run: Any, case: Case, answers: dict[str, tuple[list[Any], Any, Any]]) 
         for part, g, w in zip(("out", "lse"), compiled(*operands), want, strict=True):
             if g is None:
                 continue
-            error = float(relative_error(g[:, heads], w))
+            error = float(relative_error(g[rows][:, heads], w))
             errors[f"{name} {part}"] = error
             if not error <= TOLERANCE:
                 raise ValueError(f"{case}, {name}: {part} is off by {error:.3g} of its size")
@@ -115,13 +147,16 @@ def _compiled(run: Any, case: Case) -> Any:
 def flops(case: Case) -> float:
     """Multiplications and additions that the definition asks for: of keys that are seen."""
     seen: float = sum(new * prefix + new * (new + 1) / 2 for prefix, new in case.chunks)
-    if case.a_shape is not None:
-        arrays = [jnp.asarray(a) for a in case.plan_arrays(0)]
-        seen = float(jax.jit(lambda *a: _count_seen(*case.planned(*a)))(*arrays))
+    if case.top is not None:  # tiles of one prompt, whole ones and the diagonal
+        whole = np.minimum(np.arange(case.queries // QUERY_TILE), case.top)
+        seen = float((whole * QUERY_TILE**2 + QUERY_TILE * (QUERY_TILE + 1) / 2).sum())
+    elif case.a_shape is not None:
+        plan = case.plan(*(jnp.asarray(a) for a in case.plan_arrays(0)))
+        seen = float(jax.jit(_count_seen)(plan, case.blocks(plan, {})))
     return 2.0 * case.heads * seen * (case.nope + case.rope + case.value)
 
 
-def _count_seen(plan: Any, blocks: Any) -> jax.Array:
+def _count_seen(plan: MlaPrefillPlan, blocks: BlockList) -> jax.Array:
     return visible(plan, blocks).sum(axis=-1).astype(jnp.float32).sum()
 
 

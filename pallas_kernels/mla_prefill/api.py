@@ -11,7 +11,13 @@ from pallas_kernels.mla_prefill import cudnn, reference, xla
 from pallas_kernels.mla_prefill.block_list import BlockList
 from pallas_kernels.mla_prefill.plan import MlaPrefillPlan
 from pallas_kernels.mla_prefill.tiles import HEAD, QUERY_TILE
-from pallas_kernels.select import Implementation, choose, no_hopper, on_gpu_only
+from pallas_kernels.select import (
+    Implementation,
+    choose,
+    no_hopper,
+    on_gpu_only,
+    whole_arrays_only,
+)
 
 __all__ = ["IMPLEMENTATIONS", "BlockList", "MlaPrefillPlan", "hopper_refusal", "mla_prefill"]
 
@@ -37,22 +43,21 @@ def hopper_refusal(
 
 
 def _supports_mosaic_sm90(*args: Any, **kwargs: Any) -> str | None:
-    return no_hopper() or hopper_refusal(*args) or _UNPROVEN
+    return no_hopper() or hopper_refusal(*args)
 
 
-def _mosaic_sm90(*args: Any, **kwargs: Any) -> tuple[jax.Array, jax.Array]:
+def _mosaic_sm90(*args: Any, **kwargs: Any) -> tuple[jax.Array, jax.Array | None]:
     # Not at the top: only a GPU needs Pallas.
     from pallas_kernels.mla_prefill import mosaic_sm90
 
     return mosaic_sm90.mla_prefill(*args, **kwargs)
 
 
-_UNPROVEN = "its tests have not all passed on a GPU yet; benchmarks/kernel_mla_prefill.py runs it"
-
-
 IMPLEMENTATIONS = (
+    Implementation(
+        "mosaic_sm90", _mosaic_sm90, auto=whole_arrays_only, supports=_supports_mosaic_sm90
+    ),
     Implementation("cudnn", cudnn.mla_prefill, supports=cudnn.supports),
-    Implementation("mosaic_sm90", _mosaic_sm90, supports=_supports_mosaic_sm90),
     Implementation("xla", xla.mla_prefill, auto=on_gpu_only),
     Implementation("reference", reference.mla_prefill),
 )

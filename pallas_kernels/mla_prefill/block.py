@@ -64,6 +64,7 @@ def scratch(g: Geometry) -> dict[str, Any]:
         "queries_ready": plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE),
         "keys_ready": plgpu.Barrier(num_arrivals=2, num_barriers=slots),
         "values_ready": plgpu.Barrier(num_barriers=slots),
+        "values_copied": plgpu.Barrier(),
         "keys_free": plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=slots),
         "values_free": plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=slots),
         "turn": plgpu.Barrier(num_arrivals=COMPUTE),

@@ -1,6 +1,7 @@
 """Workloads of `mla_prefill`: chunks after a prefix, packed documents; DeepSeek's shapes."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ class Case(BaseCase):
         shuffled: keys that are not the queries stand in random order, else by sequence and
             position, as in gathered pages.
         a_shape: (sink, local) of a list of blocks, see `sparse.a_shape`; all keys without.
+        top: tiles of keys of an estimated list of blocks, see `sparse.block_sparse`.
         heads: H.
         nope: N.
         rope: P.
@@ -39,6 +41,7 @@ class Case(BaseCase):
     same_rows: bool = False
     shuffled: bool = True
     a_shape: tuple[int, int] | None = None
+    top: int | None = None
     heads: int = 3
     nope: int = 16
     rope: int = 8
@@ -73,17 +76,22 @@ class Case(BaseCase):
         shapes: dict[str, Any] = {
             k: jax.ShapeDtypeStruct(shape, jnp.dtype(self.dtype)) for k, shape in rows.items()
         }
-        plan = (jax.ShapeDtypeStruct((n,), jnp.int32) for n in (t, t, s, s))
-        plan, blocks = jax.eval_shape(self.planned, *plan)
-        return shapes | {"plan": plan, "blocks": blocks}
+        plan = self.plan(*(jax.ShapeDtypeStruct((n,), jnp.int32) for n in (t, t, s, s)))
+        return shapes | {"plan": plan, "blocks": jax.eval_shape(self.blocks, plan, shapes)}
 
-    def planned(self, *arrays: jax.Array) -> tuple[MlaPrefillPlan, BlockList | None]:
-        """Plan of `plan_arrays`, and the list of blocks if the case has one."""
-        plan = MlaPrefillPlan(*arrays, rows=self.rows, same_rows=self.same_rows)
-        if self.a_shape is None:
-            return plan, None
-        sink, local = self.a_shape
-        return plan, sparse.a_shape(plan, sink=sink, local=local)
+    def plan(self, *arrays: Any) -> MlaPrefillPlan:
+        """Of `plan_arrays`."""
+        return MlaPrefillPlan(*arrays, rows=self.rows, same_rows=self.same_rows)
+
+    def blocks(self, plan: MlaPrefillPlan, rows: Mapping[str, jax.Array]) -> BlockList | None:
+        """The list of blocks if the case has one, of queries and keys by name."""
+        if self.a_shape is not None:
+            sink, local = self.a_shape
+            return sparse.a_shape(plan, sink=sink, local=local)
+        if self.top is None:
+            return None
+        q_and_k: Any = {name: rows[name] for name in ("q_nope", "q_rope", "k_nope", "k_rope")}
+        return sparse.block_sparse(**q_and_k, plan=plan, top=self.top)
 
     @property
     def scale(self) -> float:
@@ -104,8 +112,8 @@ class Case(BaseCase):
             for x in (k_nope, k_rope, v):
                 x[key_seq < 0] = np.nan
         arrays = (jnp.asarray(a) for a in (query_seq, query_pos, key_seq, key_pos))
-        plan, blocks = self.planned(*arrays)
-        return {
+        plan = self.plan(*arrays)
+        args = {
             "q_nope": self.array(q_nope),
             "q_rope": self.array(q_rope),
             "k_nope": self.array(k_nope),
@@ -113,11 +121,18 @@ class Case(BaseCase):
             "v": self.array(v),
             "plan": plan,
             "scale": self.scale,
-        } | ({} if blocks is None else {"blocks": blocks})
+        }
+        blocks = self.blocks(plan, args)
+        return args if blocks is None else args | {"blocks": blocks}
 
 
 def _deepseek_v3(
-    name: str, chunks: tuple[tuple[int, int], ...], rows: int = 1, **options: Any
+    name: str,
+    chunks: tuple[tuple[int, int], ...],
+    *,
+    rows: int = 1,
+    heads: int = 128,
+    **options: Any,
 ) -> Case:
     """Prompts side by side, in so many rows of as many tokens."""
     return Case(
@@ -130,7 +145,7 @@ def _deepseek_v3(
         rows=rows,
         same_rows=not chunks[0][0],
         shuffled=False,
-        heads=128,
+        heads=heads,
         nope=128,
         rope=64,
         value=128,
@@ -180,7 +195,11 @@ CASES = (
         dtype="bfloat16",
     ),
     _deepseek_v3("b1 t4096", ((0, 4096),)),
+    _deepseek_v3("b1 t8192", ((0, 8192),)),
     _deepseek_v3("b1 t16384", ((0, 16384),)),
+    _deepseek_v3("b1 t32768 h32", ((0, 32768),), heads=32),
+    # Of 128.5 tiles that a tile of queries sees on average: an eighth, its own among them.
+    _deepseek_v3("b1 t32768 h32 an eighth", ((0, 32768),), heads=32, top=15),
     _deepseek_v3("b1 t16384 a-shape", ((0, 16384),), a_shape=(128, 2048)),
     _deepseek_v3("b4 t1024", ((0, 1024),) * 4, rows=4),
     _deepseek_v3("b1 t2048 after 6144", ((6144, 2048),)),

@@ -16,12 +16,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import hopper
-from pallas_kernels.mla_prefill import attend, copies, xla
+from pallas_kernels.mla_prefill import attend, copies, cudnn, xla
 from pallas_kernels.mla_prefill.block import COMPUTE, ROWS_EACH, VALUE, Block, Geometry, scratch
 from pallas_kernels.mla_prefill.block_list import BlockList
 from pallas_kernels.mla_prefill.plan import MlaPrefillPlan
 from pallas_kernels.mla_prefill.tiles import Tiles
 from pallas_kernels.mla_prefill.work import list_work
+
+INPUTS = ("q_nope", "q_rope", "k_nope", "k_rope", "v")
+COPIED_ROWS = 8
 
 
 def mla_prefill(
@@ -37,12 +40,12 @@ def mla_prefill(
     blocks: BlockList | None = None,
     tiles: Tiles | None = None,
     interpret: Any = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array | None]:
     """See `api.mla_prefill`. `plan.rows` and `plan.same_rows` say nothing that the list of work
     does not find out.
 
-    The gradient is that of `xla.mla_prefill`, which computes the scores again, a block of queries
-    at a time, and counts gradients of the log-sum-exp too; cuDNN, faster at gradients, has neither.
+    The gradient is cuDNN's where it can take the arguments, without the log-sum-exp; else that of
+    `xla.mla_prefill`, which computes the scores again, a block of queries at a time.
 
     Args:
         q_nope: as there.
@@ -52,7 +55,7 @@ def mla_prefill(
         v: as there.
         plan: as there.
         scale: as there, positive.
-        with_lse: the log-sum-exp comes in any case.
+        with_lse: as there.
         blocks: as there.
         tiles: what a sweep changes; its `keys` are those of `blocks`.
         interpret: parameters of Pallas' GPU interpreter, for tests on a CPU.
@@ -63,33 +66,37 @@ def mla_prefill(
     if blocks is not None and blocks.key_tile != tiles.keys:
         raise ValueError(f"{tiles.keys=} must be the {blocks.key_tile=}")
     g = Geometry(scale=scale, tiles=tiles, interpret=interpret)
-    return _attend(g, q_nope, q_rope, k_nope, k_rope, v, plan, blocks)
+    return _attend(g, with_lse, q_nope, q_rope, k_nope, k_rope, v, plan, blocks)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(g: Geometry, *args: Any) -> tuple[jax.Array, jax.Array]:
-    return _run(g, *args)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(g: Geometry, with_lse: bool, *args: Any) -> tuple[jax.Array, jax.Array | None]:
+    out, lse = _run(g, *args)
+    return out, lse if with_lse else None
 
 
-def _forward(g: Geometry, *args: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:
-    return _run(g, *args), args
+def _forward(g: Geometry, with_lse: bool, *args: Any) -> tuple[Any, Any]:
+    return _attend(g, with_lse, *args), args
 
 
-def _backward(g: Geometry, args: Any, gradients: Any) -> tuple[Any, ...]:
+def _backward(g: Geometry, with_lse: bool, args: Any, gradients: Any) -> tuple[Any, ...]:
     *arrays, plan, blocks = args
-    run = functools.partial(xla.mla_prefill, plan=plan, scale=g.scale, blocks=blocks)
-    _, pull = jax.vjp(run, *arrays)
-    return *pull(gradients), None, None
+    options: Any = {"plan": plan, "with_lse": with_lse}
+    inputs: Any = dict(zip(INPUTS, arrays, strict=True))
+    by_cudnn = cudnn.supports(**inputs, **options, blocks=blocks) is None
+
+    def run(inputs: Any) -> tuple[jax.Array, jax.Array | None]:
+        if by_cudnn:
+            return cudnn.mla_prefill(**inputs, **options, scale=g.scale)
+        out, lse = xla.mla_prefill(**inputs, **options, scale=g.scale, blocks=blocks)
+        return out, lse if with_lse else None
+
+    _, pull = jax.vjp(run, inputs)
+    (found,) = pull(gradients)
+    return *(found[name] for name in INPUTS), None, None
 
 
 _attend.defvjp(_forward, _backward)
-
-
-def known_values(v: jax.Array, plan: MlaPrefillPlan) -> jax.Array:
-    """Zeros for keys that nobody sees: their probabilities are 0, but 0 * NaN is NaN. XLA does it
-    where it makes the values, which the kernel wants in one piece anyway.
-    """
-    return jnp.where(plan.used_keys()[:, None, None], v, jnp.zeros_like(v))
 
 
 # A jit of its own, so that all layers of an unrolled model call one function: otherwise the kernel
@@ -107,18 +114,17 @@ def _run(
 ) -> tuple[jax.Array, jax.Array]:
     tokens, heads, _ = q_nope.shape
     work = list_work(plan, g.tiles.keys, blocks)
-    v = known_values(v, plan)
     operands = {
-        "q_nope": q_nope,
-        "q_rope": q_rope,
-        "k_nope": k_nope,
-        "k_rope": k_rope,
-        "v": v,
+        "q_nope": _whole_rows(q_nope),
+        "q_rope": _whole_rows(q_rope),
+        "k_nope": _whole_rows(k_nope),
+        "k_rope": _whole_rows(k_rope),
+        "v": _whole_rows(v),
         **{field.name: getattr(work, field.name) for field in dataclasses.fields(work)},
     }
     query_tiles = work.counts.shape[1]
     results = {
-        "out": jax.ShapeDtypeStruct((tokens, heads, VALUE), q_nope.dtype),
+        "out": jax.ShapeDtypeStruct((*operands["q_nope"].shape[:2], VALUE), q_nope.dtype),
         "lse": jax.ShapeDtypeStruct((heads, query_tiles, COMPUTE, ROWS_EACH), jnp.float32),
     }
 
@@ -142,4 +148,9 @@ def _run(
         interpret=g.interpret,
     )
     out, lse = kernel(*operands.values())
-    return out, lse.reshape(heads, -1)[:, :tokens].T
+    return out[:tokens], lse.reshape(heads, -1)[:, :tokens].T
+
+
+def _whole_rows(x: jax.Array) -> jax.Array:
+    """Copies between swizzled and global memory want a multiple of 8 rows there."""
+    return jnp.pad(x, ((0, -x.shape[0] % COPIED_ROWS), *[(0, 0)] * (x.ndim - 1)))

@@ -34,6 +34,7 @@ class Work:
             all its queries see whole.
         counts: i32 [H or 1, A, 2], how many are seen whole, and how many are visited: one at least,
             that nobody need see.
+        unused: i32 [B], 1 where a tile holds a key nobody sees, whose value may be NaN.
     """
 
     query_seq: jax.Array
@@ -42,6 +43,7 @@ class Work:
     key_pos: jax.Array
     tiles: jax.Array
     counts: jax.Array
+    unused: jax.Array
 
 
 def list_work(plan: MlaPrefillPlan, key_tile: int, blocks: BlockList | None = None) -> Work:
@@ -65,6 +67,7 @@ def list_work(plan: MlaPrefillPlan, key_tile: int, blocks: BlockList | None = No
         key_pos=key.pos.reshape(-1),
         tiles=jnp.take_along_axis(tiles, order, axis=2).astype(jnp.int32),
         counts=counts.astype(jnp.int32),
+        unused=1 - key.whole.astype(jnp.int32),
     )
 
 

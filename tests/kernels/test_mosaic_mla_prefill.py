@@ -24,7 +24,7 @@ from tests.tolerances import OP
 
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="interprets on a CPU")
 full = pytest.mark.full
-INPUTS = ("q_nope", "q_rope", "k_nope", "k_rope", "v")
+INPUTS = mosaic_sm90.INPUTS
 
 
 def small(name, chunks, queries, keys, **options):
@@ -138,7 +138,7 @@ _softmax = attend._softmax
 BUGS = {
     "a tile is left out": (mosaic_sm90, "list_work", _one_tile_less),
     "no tile is masked": (mosaic_sm90, "list_work", _all_full),
-    "values of unused keys stay NaN": (mosaic_sm90, "known_values", lambda v, plan: v),
+    "values of unused keys stay NaN": (copies, "_clear_unused", lambda *_: None),
     "older results not shrunk": (attend, "_softmax", _not_shrunk),
 }
 
@@ -239,6 +239,8 @@ def test_work_lists_each_seen_tile_once_full_ones_first(key_tile, shuffled):
         assert set(listed[:full_count]) == set(np.flatnonzero(whole[tile]))
         if not shuffled:
             assert count <= seen[tile].sum() + 1  # ranges of several sequences are coarse
+    used = np.pad(np.asarray(plan.key_seq) >= 0, (0, -1200 % key_tile)).reshape(-1, key_tile)
+    np.testing.assert_array_equal(found.unused, ~used.all(axis=1))
 
 
 def test_padding_queries_do_not_meet_unused_keys():
@@ -291,7 +293,12 @@ QUICK = ("deepseek-v3 b1 t4096",)
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=[] if c.name in QUICK else full) for c in cases.BENCH], ids=str
+    "case",
+    [
+        GPU_CASES[-1],  # lengths that copies cannot take as they are
+        *(pytest.param(c, marks=[] if c.name in QUICK else full) for c in cases.BENCH),
+    ],
+    ids=str,
 )
 def test_lowers_for_cuda(case):
     run = functools.partial(mosaic_sm90.mla_prefill, scale=case.scale)
@@ -310,8 +317,34 @@ def test_lowers_for_cuda(case):
 def test_matches_oracle_on_a_gpu(case, tiles):
     if reason := no_hopper():
         pytest.skip(reason)
+    if tiles is None:
+        check(lambda **args: call(mla_prefill, args | {"impl": "mosaic_sm90"}), case)
+        return
     op = jax.jit(functools.partial(mosaic_sm90.mla_prefill, tiles=tiles), static_argnames="scale")
     check(op, case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_gradients_on_a_gpu(with_lse):
+    if reason := no_hopper():
+        pytest.skip(reason)
+    args = small("gradients", ((0, 150), (0, 40)), 200, 200, same_rows=True, heads=2).make(0)
+    inputs, plan, scale = {name: args[name] for name in INPUTS}, args["plan"], args["scale"]
+
+    def gradients(impl):
+        def loss(inputs):
+            options = {"scale": scale, "with_lse": with_lse, "impl": impl}
+            out, lse = mla_prefill(**inputs, plan=plan, **options)
+            assert (lse is None) == (not with_lse and impl == "mosaic_sm90")
+            extra = jnp.where(lse > -jnp.inf, lse, 0).sum() if with_lse else 0.0
+            return (out.astype(jnp.float32) ** 2).sum() + extra
+
+        return jit(jax.grad(loss))(inputs)
+
+    got, want = gradients("mosaic_sm90"), gradients("reference")
+    for name in INPUTS:
+        assert_close(got[name], want[name], OP["bfloat16"], name)
 
 
 @pytest.mark.gpu
@@ -321,6 +354,6 @@ def test_block_lists_on_a_gpu(key_tile):
         pytest.skip(reason)
     args = blocks_case(key_tile)
     want = call(mla_prefill, args | {"impl": "reference"})
-    got = call(mosaic_sm90.mla_prefill, args)
+    got = call(mla_prefill, args | {"impl": "mosaic_sm90"})
     for found, expect, name in zip(got, want, ("out", "lse"), strict=True):
         assert_close(found, expect, OP["bfloat16"], name)
