@@ -105,6 +105,18 @@ class Sharding:
         """Pins an activation's sharding inside jit."""
         return jax.lax.with_sharding_constraint(x, self.of(axes, x.shape))
 
+    def whole_logits(self, x: jax.Array) -> jax.Array:
+        """Pins logits [..., X] with all of the vocabulary on each device that takes part in its
+        product: choosing from them takes sums along it, which XLA makes loops of where an axis is
+        split, an iteration a token.
+        """
+        if self._ways(dict(self.rules.of).get("vocab")) == 1:
+            return x
+        # Within `shard_map` only the mesh at hand may be named; its other axes are left to XLA.
+        inside = not jax.sharding.get_abstract_mesh().empty
+        where = PartitionSpec() if inside else NamedSharding(self.mesh, PartitionSpec())
+        return jax.lax.with_sharding_constraint(x, where)
+
     def between(self, x: jax.Array) -> jax.Array:
         """Pins rows [T, D] of the residual stream where they lie between attention and MLPs."""
         split = "residual" if dict(self.rules.of).get("residual") else "batch"

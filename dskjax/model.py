@@ -120,13 +120,22 @@ def _lookup_backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tup
 _lookup.defvjp(lambda weight, ids: (_lookup(weight, ids), (weight, ids)), _lookup_backward)
 
 
-def head(params: Params, hidden: Float[Array, "*T D"], *, cfg: ModelConfig) -> Float[Array, "*T X"]:
-    """fp32 logits of hidden states that already went through a final norm."""
+def head(
+    params: Params,
+    hidden: Float[Array, "*T D"],
+    *,
+    cfg: ModelConfig,
+    sharding: Sharding | None = None,
+) -> Float[Array, "*T X"]:
+    """fp32 logits of hidden states that already went through a final norm; with `sharding`, whole
+    ones where its rules split the vocabulary.
+    """
     weight = params["embed_tokens" if cfg.tie_word_embeddings else "lm_head"]["weight"]
     with jax.named_scope("lm_head"):
-        return jnp.einsum(
+        logits = jnp.einsum(
             "...d,xd->...x", hidden, weight.astype(hidden.dtype), preferred_element_type=jnp.float32
         )
+        return logits if sharding is None else sharding.whole_logits(logits)
 
 
 def final_norm(

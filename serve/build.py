@@ -147,7 +147,9 @@ def build_engine(
     )
     if exchange is not None and cfg.moe is not None:
         exchange.check(cfg.moe.num_slots)
-    decode = dataclasses.replace(decode_config(cfg, config, model.think), exchange=exchange)
+    decode = dataclasses.replace(
+        decode_config(cfg, config, model.think), exchange=exchange, sharding=placement.split
+    )
     drafts = {config.drafts}
     if placement.role is Role.PREFILL:
         drafts = {0}  # it makes first tokens alone

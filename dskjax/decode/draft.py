@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dskjax.axes import Sharding
 from dskjax.batch import RaggedBatch
 from dskjax.config import ModelConfig, MtpScheme
 from dskjax.decode.sampling import SamplingParams, distribution, sample
@@ -202,6 +203,7 @@ def propose(
     cfg: ModelConfig,
     spec: DraftSpec,
     truncate: bool | None = None,
+    sharding: Sharding | None = None,
     impl: str,
     exchange: Exchange | None = None,
     loads: Int[Array, "M E"] | None = None,
@@ -220,6 +222,7 @@ def propose(
         cfg: the model.
         spec: scheme and number of drafts.
         truncate: see `dskjax.decode.sampling.distribution`.
+        sharding: see `dskjax.model.head`.
         impl: implementation of every op.
         exchange: see `dskjax.paged.forward_mtp`.
         loads: see `extend`; rows that are computed again count again.
@@ -238,7 +241,7 @@ def propose(
     def pick(
         hidden: jax.Array, u: jax.Array, depth: jax.Array | int, entropy: jax.Array
     ) -> tuple[Drafts, jax.Array]:
-        logits = head(params, hidden, cfg=cfg)
+        logits = head(params, hidden, cfg=cfg, sharding=sharding)
         if not spec.sampled:
             return Drafts(jnp.argmax(logits, axis=-1).astype(jnp.int32), None), entropy
         entropy = jnp.where(depth == 0, _entropy(logits), entropy)

@@ -149,6 +149,7 @@ def _program(ranks: Ranks, cfg: ModelConfig, config: DecodeConfig) -> Callable:
 
 
 def _over(ranks: Ranks, one: Callable, cfg: ModelConfig, config: DecodeConfig) -> Callable:
+    config = dataclasses.replace(config, sharding=ranks.sharding)
     if cfg.moe is not None:
         exchange = Exchange.within(ranks.sharding, cfg.moe.num_slots)
         config = dataclasses.replace(config, exchange=exchange)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dskjax.axes import Sharding
 from dskjax.batch import RaggedBatch
 from dskjax.config import ModelConfig
 from dskjax.decode.acceptance import truncate_at_stop
@@ -59,6 +60,7 @@ class DecodeConfig:
         extras: whether rows may use penalties, biases, min_length and log-probabilities.
         impl: implementation of every op.
         exchange: how rows meet experts that are split over devices.
+        sharding: mesh and rules, where they may split the vocabulary.
 
     What is found out at run time is a branch, and at a branch a GPU waits for the host: a server
     compiles steps without branches beside one that has them all.
@@ -72,6 +74,7 @@ class DecodeConfig:
     extras: bool = True
     impl: str = "auto"
     exchange: Exchange | None = None
+    sharding: Sharding | None = None
 
     @classmethod
     def make(
@@ -276,7 +279,7 @@ def _accept_and_draft(
     slots = jnp.minimum(decode.slots, state.count - 1)
     target = jnp.where(active, decode.slots, state.count)  # idle rows write nothing
     with jax.named_scope("accept"):
-        raw = head(params, hidden, cfg=cfg)
+        raw = head(params, hidden, cfg=cfg, sharding=config.sharding)
         logits = raw
         if options.logits is not None and config.extras:
             assert state.said is not None
@@ -335,6 +338,7 @@ def _accept_and_draft(
         cfg=cfg,
         spec=spec,
         truncate=config.truncate,
+        sharding=config.sharding,
         loads=None if state.mtp_loads is None else state.mtp_loads[0],
         **config.how,
     )

@@ -4,6 +4,7 @@
 to whole blocks, at most E * (block - 1) rows of padding in all, and every block is multiplied with
 its expert's weight: no row is dropped, nothing branches, and the cost does not depend on balance.
 Rows are moved by gathers in both directions, so there is no scatter and a GPU repeats its bits.
+Axes of a weight are never merged: one that is split over devices stays so.
 
 The weight's gradient is an fp32 [N, K] per block before it is summed per expert. Where a gradient
 is wanted and that would take more than `BLOCK_SUMS_BYTES`, groups are copied into [E, capacity, K]
@@ -103,10 +104,9 @@ def _by_block(
     target = first_e[expert_m] * block + row - starts[expert_m]  # padded row of each row
     target = jnp.where(row < sizes.sum(), target, blocks * block)
 
-    weights = dequantise(w, x.dtype).reshape(experts, -1, w.shape[-1])
-    out = _multiply(_move(x, source, target).reshape(blocks, block, -1), weights, expert_b)
-    out = _move(out.reshape(blocks * block, -1), target, source)
-    return out.reshape(rows, *w.shape[1:-1])
+    blocks_bmk = _move(x, source, target).reshape(blocks, block, -1)
+    out = _multiply(blocks_bmk, dequantise(w, x.dtype), expert_b)
+    return _move(out.reshape(blocks * block, *w.shape[1:-1]), target, source)
 
 
 @jax.custom_vjp
@@ -121,23 +121,31 @@ _move.defvjp(
 )
 
 
+def _with_axes(equation: str, w: jax.Array | QTensor) -> str:
+    """The equation with a letter for each axis of a weight [E, *L, K] in the place of "n"."""
+    letters = "uvn"
+    assert w.ndim - 2 <= len(letters)
+    return equation.replace("n", letters[len(letters) - (w.ndim - 2) :])
+
+
 @jax.custom_vjp
-def _multiply(x_bmk: jax.Array, w_enk: jax.Array, expert_b: jax.Array) -> jax.Array:
+def _multiply(x_bmk: jax.Array, w: jax.Array, expert_b: jax.Array) -> jax.Array:
     """Each block of rows times its expert's weight."""
-    out = jnp.einsum("bmk,bnk->bmn", x_bmk, w_enk[expert_b], preferred_element_type=jnp.float32)
+    equation = _with_axes("bmk,bnk->bmn", w)
+    out = jnp.einsum(equation, x_bmk, w[expert_b], preferred_element_type=jnp.float32)
     return out.astype(x_bmk.dtype)
 
 
 def _multiply_backward(
-    saved: tuple[jax.Array, jax.Array, jax.Array], grad_bmn: jax.Array
+    saved: tuple[jax.Array, jax.Array, jax.Array], grad: jax.Array
 ) -> tuple[jax.Array, jax.Array, None]:
-    x_bmk, w_enk, expert_b = saved
+    x_bmk, w, expert_b = saved
     fp32 = {"preferred_element_type": jnp.float32}
-    dx = jnp.einsum("bmn,bnk->bmk", grad_bmn, w_enk[expert_b], **fp32)
-    dw_bnk = jnp.einsum("bmn,bmk->bnk", grad_bmn, x_bmk, **fp32)
-    is_mine_eb = jnp.arange(w_enk.shape[0])[:, None] == expert_b
-    dw = jnp.einsum("eb,bnk->enk", is_mine_eb.astype(jnp.float32), dw_bnk, precision="highest")
-    return dx.astype(x_bmk.dtype), dw.astype(w_enk.dtype), None
+    dx = jnp.einsum(_with_axes("bmn,bnk->bmk", w), grad, w[expert_b], **fp32)
+    dw_b = jnp.einsum(_with_axes("bmn,bmk->bnk", w), grad, x_bmk, **fp32)
+    is_mine_eb = (jnp.arange(w.shape[0])[:, None] == expert_b).astype(jnp.float32)
+    dw = jnp.einsum(_with_axes("eb,bnk->enk", w), is_mine_eb, dw_b, precision="highest")
+    return dx.astype(x_bmk.dtype), dw.astype(w.dtype), None
 
 
 _multiply.defvjp(lambda x, w, e: (_multiply(x, w, e), (x, w, e)), _multiply_backward)
@@ -147,24 +155,26 @@ def _by_capacity(
     x: jax.Array, w: jax.Array | QTensor, sizes: jax.Array, starts: jax.Array, capacity: int
 ) -> jax.Array:
     rows, experts = x.shape[0], w.shape[0]
-    lead = w.shape[1:-1]
     slot = jnp.arange(capacity)
     source = jnp.where(
         slot < sizes[:, None], starts[:, None] + slot, rows
     )  # [E, capacity]; rows = nothing
     x_eck = x.at[source].get(mode="fill", fill_value=0)
-    weights = dequantise(w, x.dtype).reshape(experts, -1, w.shape[-1])
-    out_ecn = jnp.einsum("eck,enk->ecn", x_eck, weights, preferred_element_type=jnp.float32).astype(
-        x.dtype
-    )
+    out = jnp.einsum(
+        _with_axes("eck,enk->ecn", w),
+        x_eck,
+        dequantise(w, x.dtype),
+        preferred_element_type=jnp.float32,
+    ).astype(x.dtype)
     # Each row reads its own slot back: a gather, so the backward pass of this step is the only
     # scatter.
     row = jnp.arange(rows)
     group = jnp.clip(jnp.searchsorted(jnp.cumsum(sizes), row, side="right"), 0, experts - 1)
-    out = out_ecn.reshape(experts * capacity, -1)[
+    out = out.reshape(experts * capacity, *w.shape[1:-1])[
         group * capacity + jnp.clip(row - starts[group], 0, capacity - 1)
     ]
-    return jnp.where((row < sizes.sum())[:, None], out, 0).reshape(rows, *lead)
+    used = (row < sizes.sum()).reshape(-1, *[1] * (out.ndim - 1))
+    return jnp.where(used, out, 0)
 
 
 def _by_expert(
@@ -176,16 +186,13 @@ def _by_expert(
     def add(total: jax.Array, expert: tuple) -> tuple[jax.Array, None]:
         weight, size, start = expert
         mine = ((row >= start) & (row < start + size))[:, None]
-        flat = dequantise(weight, x.dtype).reshape(-1, x.shape[-1])
         part = jnp.einsum(
-            "mk,nk->mn", jnp.where(mine, x, 0), flat, preferred_element_type=jnp.float32
+            _with_axes("mk,nk->mn", w),
+            jnp.where(mine, x, 0),
+            dequantise(weight, x.dtype),
+            preferred_element_type=jnp.float32,
         )
         return total + part.astype(x.dtype), None
 
-    width = 1
-    for size in w.shape[1:-1]:
-        width *= size
-    total, _ = jax.lax.scan(
-        jax.checkpoint(add), jnp.zeros((rows, width), x.dtype), (w, sizes, starts)
-    )
-    return total.reshape(rows, *w.shape[1:-1])
+    nothing = jnp.zeros((rows, *w.shape[1:-1]), x.dtype)
+    return jax.lax.scan(jax.checkpoint(add), nothing, (w, sizes, starts))[0]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dskjax.axes import Sharding
 from dskjax.cache import init_cache
@@ -20,6 +21,8 @@ from dskjax.decode.step import DecodeConfig
 from dskjax.expert_parallel import Exchange
 from dskjax.mesh import make_mesh, preset
 from dskjax.model import abstract_params, param_specs, trunk
+from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.quant import FP8_BLOCK, quantise
 from tests.model.common import tiny
 from tests.parallel.common import needs_8
 
@@ -62,11 +65,11 @@ def abstract(where: Sharding, cfg):
     )
 
 
-def decode_step(where: Sharding, drafts: int = 2) -> str:
+def decode_step(where: Sharding, drafts: int = 2, impl: str = "auto") -> str:
     """The compiled decode step of 16 sequences."""
     cfg, ranks, rows = tiny().cfg, Ranks(where), 16
     accept = RuleOptions(name="strict")
-    config = DecodeConfig.make(cfg, accept=accept, drafts=drafts)
+    config = DecodeConfig.make(cfg, accept=accept, drafts=drafts, impl=impl)
     config = dataclasses.replace(config, truncate=False)
     sampling = SamplingParams.make(rows, temperature=0.0)
     options = RowOptions.make(sampling, accept=accept, drafts=drafts)
@@ -117,6 +120,40 @@ def test_experts_stay_where_they_are(rules):
     assert bool(found["all-to-all"]) == (rules != "prefill")
     if rules == "prefill":
         assert found["all-reduce"]
+
+
+@needs_8
+def test_split_widths_stay_split():
+    """Only rows and logits travel between devices that have a share of each matrix: no weights, and
+    nothing a value at a time, as sums along a split vocabulary would.
+    """
+    hlo = decode_step(preset("decode", make_mesh(tp=2, devices=jax.devices()[:2])), impl="xla")
+    found, vocab = sent(hlo), tiny().cfg.vocab_size
+    assert {name for name, _ in found} == {"all-gather", "all-reduce"}
+    gathered = [shape for name, made in found if name == "all-gather" for shape in made]
+    assert gathered and all(shape[-1] == vocab for shape in gathered)
+    assert not gathered_experts(hlo, tiny().cfg)
+    loops = [int(n) for n in re.findall(r'known_trip_count":\{"n":"(\d+)"', hlo)]
+    assert loops and max(loops) < vocab // 4
+
+
+@needs_8
+@pytest.mark.parametrize("kind", ["forward", "gradient", "fp8"])
+def test_a_grouped_product_leaves_split_weights_where_they_are(kind):
+    """Gate and up, the second axis, are not merged with the third, which is split."""
+    mesh, experts, width, rows = make_mesh(tp=2, devices=jax.devices()[:2]), 8, 256, 64
+    weights = jnp.zeros((experts, 2, width, 384), jnp.bfloat16)
+    weights = quantise(weights, FP8_BLOCK) if kind == "fp8" else weights
+    where = NamedSharding(mesh, PartitionSpec(None, None, "tp"))
+    weights = jax.device_put(weights, where)
+    x, sizes = jnp.zeros((rows, 384), jnp.bfloat16), jnp.full(experts, rows // experts)
+
+    def run(x, weights):
+        return grouped_matmul(x, weights, sizes, impl="xla").astype(jnp.float32).sum()
+
+    run = jax.grad(run, argnums=(0, 1)) if kind == "gradient" else run
+    found = sent(jax.jit(run).lower(x, weights).compile().as_text())
+    assert not [shape for _, made in found for shape in made if {width, 384} <= set(shape)]
 
 
 def normed_rows(hlo: str) -> Counter[int]:
