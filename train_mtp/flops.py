@@ -36,8 +36,8 @@ class Speed:
 
 def peak_of(precision: Precision) -> float | None:
     """Datasheet FLOP/s of this job's devices in bf16; None for other devices or precisions."""
-    device = jax.devices()[0]
-    known = [gpu for name, gpu in GPUS.items() if name.upper() in device.device_kind.upper()]
+    words = jax.devices()[0].device_kind.lower().split()  # "NVIDIA H200": an H20 is another GPU
+    known = [gpu for name, gpu in GPUS.items() if name in words]
     if precision != "bfloat16" or not known:
         return None
     return known[0].bf16 * jax.device_count()
@@ -53,6 +53,17 @@ def trunk_flops(cfg: ModelConfig, seq_len: int) -> float:
     """Of the trunk with its head, forward, per token."""
     p = parts(cfg)
     return p.linear_flops + 2 * p.head + cfg.num_hidden_layers * attention_flops(cfg, seq_len)
+
+
+def trunk_kinds(cfg: ModelConfig, seq_len: int) -> dict[str, float]:
+    """What `trunk_flops` is made of, by kind of kernel."""
+    attention = cfg.num_hidden_layers * attention_flops(cfg, seq_len)
+    experts = 0.0
+    if cfg.moe is not None:
+        chosen = cfg.moe.num_experts_per_tok / cfg.moe.n_routed_experts
+        experts = 2 * parts(cfg).routed * chosen
+    dense = trunk_flops(cfg, seq_len) - attention - experts
+    return {"attention": attention, "expert products": experts, "dense products": dense}
 
 
 def module_flops(cfg: ModelConfig, seq_len: int) -> float:

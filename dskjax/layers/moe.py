@@ -29,8 +29,7 @@ class Gate(Module):
         self, x: Float[Array, "T D"], *, impl: str
     ) -> tuple[Float[Array, "T K"], Int[Array, "T K"]]:
         """Weights float32 and chosen experts of each row."""
-        weight_ed = self.weight[...].astype(jnp.float32)
-        logits_te = jnp.einsum("td,ed->te", x.astype(jnp.float32), weight_ed, precision="highest")
+        logits_te = _logits(x, self.weight[...])
         moe = self.moe
         limited = moe.topk_method != "greedy"
         return route(
@@ -44,6 +43,12 @@ class Gate(Module):
             routed_scaling_factor=moe.routed_scaling_factor,
             impl=impl,
         )
+
+
+@jax.checkpoint  # keeps x as it is for the backward pass, not in fp32
+def _logits(x: jax.Array, weight_ed: jax.Array) -> jax.Array:
+    wide = (a.astype(jnp.float32) for a in (x, weight_ed))
+    return jnp.einsum("td,ed->te", *wide, precision="highest")
 
 
 class Experts(Module):

@@ -32,9 +32,15 @@ def expert_mlp(
     rows_md = _copies(x, order, back)
     hidden = swiglu(grouped_matmul(rows_md, gate_up, sizes, impl=impl))
     out_md = grouped_matmul(hidden, down, sizes, impl=impl)
-    out_tkd = _back(out_md, order, back).reshape(tokens, per_token, -1).astype(jnp.float32)
-    weighted = jnp.einsum("tkd,tk->td", out_tkd, weights.astype(jnp.float32), precision="highest")
-    return weighted.astype(x.dtype)
+    out_tkd = _back(out_md, order, back).reshape(tokens, per_token, -1)
+    return _weighted_sum(out_tkd, weights)
+
+
+@jax.checkpoint
+def _weighted_sum(out_tkd: jax.Array, weights_tk: jax.Array) -> jax.Array:
+    """In fp32, which the backward pass makes again: only the arguments are kept for it."""
+    wide = out_tkd.astype(jnp.float32) * weights_tk.astype(jnp.float32)[..., None]
+    return wide.sum(axis=1).astype(out_tkd.dtype)
 
 
 @jax.custom_vjp

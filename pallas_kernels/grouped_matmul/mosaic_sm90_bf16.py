@@ -114,8 +114,7 @@ def grouped_matmul(
         sms: streaming multiprocessors; those of the device.
         interpret: parameters of Pallas' GPU interpreter, for tests on a CPU.
     """
-    flat = w.reshape(w.shape[0], -1, w.shape[-1])
-    out: Any = _product(x, flat, group_sizes, tiles, sms, interpret)
+    out: Any = _product(x, w, group_sizes, tiles, sms, interpret)
     return out.reshape(-1, *w.shape[1:-1])
 
 
@@ -128,9 +127,14 @@ def _product(
     sms: int | None,
     interpret: Any,
 ) -> jax.Array:
-    return multiply_rows(x, w, sizes, tiles=tiles, sms=sms, interpret=interpret)
+    return multiply_rows(x, _flat(w), sizes, tiles=tiles, sms=sms, interpret=interpret)
 
 
+def _flat(w: jax.Array) -> jax.Array:
+    return w.reshape(w.shape[0], -1, w.shape[-1])
+
+
+# w is kept as it came: of a reshaped one, a scan over layers would keep copies.
 def _forward(x: Any, w: Any, sizes: Any, *static: Any) -> tuple[jax.Array, Any]:
     return _product(x, w, sizes, *static), (x, w, sizes)
 
@@ -142,8 +146,8 @@ def _backward(
     x, w, sizes = saved
     how: Any = {"sms": sms, "interpret": interpret}
     return (
-        GRADIENTS["x"](grad, w, sizes, **how),
-        GRADIENTS["w"](grad, x, sizes, **how),
+        GRADIENTS["x"](grad, _flat(w), sizes, **how),
+        GRADIENTS["w"](grad, x, sizes, **how).reshape(w.shape),
         None,
     )
 
