@@ -1,6 +1,7 @@
 """Operations per token against the arithmetic of DeepSeek-V3's published shapes."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,6 +23,27 @@ def test_module_is_a_layer_and_its_projection():
     # attention 187.1M, 9 experts of 44.04M, gate 256 x 7168, eh_proj 7168 x 14336
     weights = 187.1e6 + 9 * 44.04e6 + 256 * 7168 + 2 * 7168**2
     assert flops.module_flops(V3, 2) == pytest.approx(2 * weights, rel=2e-3)
+
+
+def test_kinds_of_kernels_share_out_the_forward_pass():
+    kinds = flops.trunk_kinds(V3, 4096)
+    # 58 layers of 8 chosen experts, each three matrices of 7168 x 2048
+    assert kinds["expert products"] == 2 * 58 * 8 * 3 * 7168 * 2048
+    assert kinds["attention"] == 61 * 2 * 128 * (192 + 128) * 2048
+    assert sum(kinds.values()) == flops.trunk_flops(V3, 4096)
+    dense = dataclasses.replace(V3, moe=None, first_k_dense_replace=61, mtp=type(V3.mtp)())
+    assert flops.trunk_kinds(dense, 4096)["expert products"] == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [("NVIDIA H200", 989e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H20", 148e12)],
+)
+def test_peaks_are_those_of_the_device(monkeypatch, kind, peak):
+    monkeypatch.setattr(flops.jax, "devices", lambda: [SimpleNamespace(device_kind=kind)])
+    monkeypatch.setattr(flops.jax, "device_count", lambda: 2)
+    assert flops.peak_of("bfloat16") == 2 * peak
+    assert flops.peak_of("float32") is None
 
 
 def test_what_is_frozen_has_no_backward_pass():
