@@ -35,16 +35,16 @@ def make(case: Case, seed: int = 0) -> dict[str, Any]:
     return {"x": [jax.random.normal(key, shape.shape, shape.dtype) for key in keys]}
 
 
-def implementations(case: Case, sweep: bool, others: bool) -> Iterator[tuple[str, Any]]:
-    """(name, function of the op's arguments)."""
-    yield "triton", triton.act_quant
+def implementations(case: Case, sweep: bool, others: bool) -> Iterator[tuple[str, Any, Any]]:
+    """(name, function of the op's arguments, tiles); the first is the usual choice."""
+    yield "triton", triton.act_quant, triton.Tiles()
     if others:
-        yield "xla", quantise
+        yield "xla", quantise, None
     if sweep:
         for elements, per_thread in ((1024, 8), (2048, 8), (4096, 16), (4096, 32), (8192, 32)):
             tiles = triton.Tiles(elements=elements, per_thread=per_thread)
             name = f"triton {elements} elements, {per_thread} a thread"
-            yield name, functools.partial(triton.act_quant, tiles=tiles)
+            yield name, functools.partial(triton.act_quant, tiles=tiles), tiles
 
 
 def every_layer(run: Any, case: Case, args: dict[str, Any]) -> tuple[Any, Any, int]:

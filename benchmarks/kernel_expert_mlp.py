@@ -94,11 +94,11 @@ def _chosen(case: Case, rng: np.random.Generator) -> np.ndarray:
     return order[:, : case.per_token].astype(np.int32)
 
 
-def implementations(case: Case, sweep: bool, others: bool) -> Iterator[tuple[str, Any]]:
-    """(name, function of the op's arguments). There is nothing to sweep."""
-    yield "mosaic_sm90", mosaic_sm90.expert_mlp
+def implementations(case: Case, sweep: bool, others: bool) -> Iterator[tuple[str, Any, None]]:
+    """(name, function of the op's arguments, None: its products choose the tiles)."""
+    yield "mosaic_sm90", mosaic_sm90.expert_mlp, None
     if others:
-        yield "xla", xla.expert_mlp
+        yield "xla", xla.expert_mlp, None
 
 
 def every_layer(run: Any, case: Case, args: dict[str, Any]) -> tuple[Any, Any, int]:

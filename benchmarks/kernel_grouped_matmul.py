@@ -121,18 +121,18 @@ def make(case: Case, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def implementations(case: Case, sweep: bool, others: bool) -> Iterator[tuple[str, Any]]:
-    """(name, function of the op's arguments)."""
-    yield "mosaic_sm90", Kernel()
-    yield "mosaic_sm90 op", Kernel(whole=True)
+def implementations(case: Case, sweep: bool, others: bool) -> Iterator[tuple[str, Any, Any]]:
+    """(name, function of the op's arguments, tiles); the first is the usual choice."""
+    args = case.abstract()
+    usual = hopper_kernel(args["w"]).usual_tiles(args["x"], args["w"])
+    yield "mosaic_sm90", Kernel(), usual
+    yield "mosaic_sm90 op", Kernel(whole=True), None
     if others:
-        yield "xla", xla.grouped_matmul
+        yield "xla", xla.grouped_matmul, None
     if sweep:
-        args = case.abstract()
-        usual = hopper_kernel(args["w"]).usual_tiles(args["x"], args["w"])
         for tiles in _other_int4_tiles(case) if case.packed else _other_fp8_tiles(case):
             if tiles != usual:
-                yield f"mosaic_sm90 {_words(tiles)}", Kernel(tiles=tiles)
+                yield f"mosaic_sm90 {_words(tiles)}", Kernel(tiles=tiles), tiles
 
 
 def _other_fp8_tiles(case: Case) -> Iterator[Tiles]:

@@ -115,16 +115,16 @@ def of(case: Case | Gradient) -> str:
 
 def implementations(
     case: Case | Gradient, sweep: bool, others: bool
-) -> Iterator[tuple[str, Callable[..., jax.Array]]]:
-    """(name, function of the op's arguments)."""
-    yield "mosaic_sm90", Kernel(of=of(case))
+) -> Iterator[tuple[str, Callable[..., jax.Array], Tiles | None]]:
+    """(name, function of the op's arguments, tiles); the first is the usual choice."""
+    yield "mosaic_sm90", Kernel(of=of(case)), usual_tiles(case)
     if of(case) != "w":
-        yield "mosaic_sm90 op", Kernel(of=of(case), whole=True)
+        yield "mosaic_sm90 op", Kernel(of=of(case), whole=True), None
     if others:
-        yield "xla", functools.partial(_xla, of(case))
+        yield "xla", functools.partial(_xla, of(case)), None
     if sweep:
         for tiles in other_tiles(case):
-            yield f"mosaic_sm90 {_words(tiles)}", Kernel(of=of(case), tiles=tiles)
+            yield f"mosaic_sm90 {_words(tiles)}", Kernel(of=of(case), tiles=tiles), tiles
 
 
 def _xla(of: str, a: jax.Array, b: jax.Array, sizes: jax.Array) -> jax.Array:
@@ -138,17 +138,19 @@ def _xla(of: str, a: jax.Array, b: jax.Array, sizes: jax.Array) -> jax.Array:
     return jax.vjp(lambda w: xla.grouped_matmul(b, w, sizes), w)[1](a)[0]
 
 
+def usual_tiles(case: Case | Gradient) -> Tiles:
+    """Those that the op chooses."""
+    product = product_of(case)
+    columns = math.prod(product.lead) if of(case) == "out" else product.k
+    if of(case) == "w":
+        return weight_gradient_tiles(columns)
+    return bf16_tiles(product.rows, product.experts, columns)
+
+
 def other_tiles(case: Case | Gradient) -> Iterator[Tiles]:
     """What a sweep tries."""
-    product = product_of(case)
-    mean, columns = product.rows / product.experts, math.prod(product.lead)
-    if of(case) != "out":
-        columns = product.k
-    usual = (
-        weight_gradient_tiles(columns)
-        if of(case) == "w"
-        else bf16_tiles(product.rows, product.experts, columns)
-    )
+    product, usual = product_of(case), usual_tiles(case)
+    mean = product.rows / product.experts
     tried = _for_many() if of(case) == "w" or mean > 64 else _for_few(mean)
     return (tiles for tiles in tried if tiles != usual)
 

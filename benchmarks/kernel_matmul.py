@@ -81,18 +81,18 @@ def _weight(key: jax.Array, shape: tuple[int, ...], scales: tuple[int, ...]) -> 
     return QTensor(values, scale, FP8_BLOCK.block, FP8_BLOCK.format)
 
 
-def implementations(case: Case, sweep: bool, others: bool) -> Iterator[tuple[str, Any]]:
-    """(name, function of the op's arguments)."""
-    yield "mosaic_sm90", Kernel()
-    yield "mosaic_sm90 op", Kernel(whole=True)
+def implementations(case: Case, sweep: bool, others: bool) -> Iterator[tuple[str, Any, Any]]:
+    """(name, function of the op's arguments, tiles); the first is the usual choice."""
+    rows, outputs, blocks = math.prod(case.tokens), math.prod(case.lead), case.k // 128
+    usual = usual_cut(rows, outputs, blocks, count_sms())
+    yield "mosaic_sm90", Kernel(), usual
+    yield "mosaic_sm90 op", Kernel(whole=True), None
     if others:
-        yield "xla", xla.matmul
+        yield "xla", xla.matmul, None
     if sweep:
-        rows, outputs, blocks = math.prod(case.tokens), math.prod(case.lead), case.k // 128
-        usual = usual_cut(rows, outputs, blocks, count_sms())
         for cut in cuts(rows, outputs, blocks):
             if cut != usual:
-                yield f"mosaic_sm90 {_words(cut)}", Kernel(cut=cut)
+                yield f"mosaic_sm90 {_words(cut)}", Kernel(cut=cut), cut
 
 
 def cuts(rows: int, outputs: int, blocks: int) -> Iterator[Cut]:

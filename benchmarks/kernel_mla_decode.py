@@ -112,11 +112,12 @@ def _page_table(case: Case, pages: int, width: int, seed: int) -> jax.Array:
     return jnp.asarray(table)
 
 
-def implementations(case: Case, sweep: bool, others: bool) -> Iterator[tuple[str, Any]]:
-    """(name, function of the op's arguments)."""
-    yield "mosaic_sm90", mosaic_sm90.mla_decode
+def implementations(case: Case, sweep: bool, others: bool) -> Iterator[tuple[str, Any, Any]]:
+    """(name, function of the op's arguments, tiles); the first is the usual choice."""
+    usual = Tiles(registers=mosaic_sm90.BLOCKS[case.kv].registers)
+    yield "mosaic_sm90", mosaic_sm90.mla_decode, usual
     if others:
-        yield "xla", xla.mla_decode
+        yield "xla", xla.mla_decode, None
     if sweep:
         registers, columns, barriers = (
             ((184, 160), (168, 168), (152, 176)),
@@ -125,9 +126,10 @@ def implementations(case: Case, sweep: bool, others: bool) -> Iterator[tuple[str
         )
         for choice in itertools.product(registers, columns, barriers):
             tiles = Tiles(registers=choice[0], value_columns=choice[1], auto_barriers=choice[2])
-            if case.kv != "fp8_tensor" or choice[1] == 128:  # others have columns of their own
+            own = case.kv == "fp8_tensor"  # which has columns of its own
+            if tiles != usual and (not own or choice[1] == 128):
                 name = f"mosaic_sm90 {choice[0]} columns {choice[1]} barriers {choice[2]}"
-                yield name, functools.partial(mosaic_sm90.mla_decode, tiles=tiles)
+                yield name, functools.partial(mosaic_sm90.mla_decode, tiles=tiles), tiles
 
 
 def every_layer(run: Any, case: Case, args: dict[str, Any]) -> tuple[Any, Any, int]:

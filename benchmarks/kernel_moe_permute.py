@@ -69,15 +69,15 @@ def _by_expert(case: Case, rng: np.random.Generator) -> np.ndarray:
     return np.argsort(order).astype(np.int32).reshape(chosen.shape)
 
 
-def implementations(case: Case, sweep: bool, others: bool) -> Iterator[tuple[str, Any]]:
-    """(name, (module, options of its functions))."""
-    yield "triton", (triton, {})
+def implementations(case: Case, sweep: bool, others: bool) -> Iterator[tuple[str, Any, Any]]:
+    """(name, (module, options of its functions), tiles); the first is the usual choice."""
+    yield "triton", (triton, {}), {"channels": triton.CHANNELS, "per_thread": triton.PER_THREAD}
     if others:
-        yield "xla", (reference, {})
+        yield "xla", (reference, {}), None
     if sweep:
         for channels, per_thread in ((512, 8), (1024, 16), (2048, 8), (2048, 16), (4096, 16)):
             options = {"channels": channels, "per_thread": per_thread}
-            yield f"triton {channels} channels, {per_thread} a thread", (triton, options)
+            yield f"triton {channels} channels, {per_thread} a thread", (triton, options), options
 
 
 def every_layer(run: Any, case: Case, args: dict[str, Any]) -> tuple[Any, Any, int]:

@@ -49,11 +49,11 @@ def make(case: Case, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def implementations(case: Case, sweep: bool, others: bool) -> Iterator[tuple[str, Any]]:
-    """(name, function of the op's arguments)."""
-    yield "triton", triton.norm_rope_cache
+def implementations(case: Case, sweep: bool, others: bool) -> Iterator[tuple[str, Any, None]]:
+    """(name, function of the op's arguments, None: there is no choice of tiles)."""
+    yield "triton", triton.norm_rope_cache, None
     if others:
-        yield "xla", xla.norm_rope_cache
+        yield "xla", xla.norm_rope_cache, None
 
 
 def every_layer(run: Any, case: Case, args: dict[str, Any]) -> tuple[Any, Any, int]:

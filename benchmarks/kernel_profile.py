@@ -3,8 +3,8 @@
     python -m benchmarks.kernel_profile "mla_decode:b128 kv4096 q1 fp8" --out PROFILE.json
 
 Runs the check of `benchmarks.kernels` under `ncu`, which must be on the path, and keeps the longest
-launch of each kernel of ours. Its times are taken at ncu's own clocks and with cold caches; they
-are not those of `benchmarks.kernels`.
+launch of each kernel of ours. Its times are taken with cold caches, one launch at a time; they are
+not those of `benchmarks.kernels`.
 """
 
 import argparse
@@ -41,6 +41,10 @@ KEPT = re.compile(
     r"^sm__warps_active\.avg\.pct_of_peak_sustained_active$"
 )
 """Names of metrics."""
+LAUNCHES = 3
+"""Of our kernels that are profiled, in the order of the check; each is repeated for every group of
+counters.
+"""
 LEAST = 0.02
 """Waits of fewer warps than this, on average, are left out."""
 
@@ -76,6 +80,7 @@ def profile(word: str) -> dict[str, dict[str, float]]:
         report = Path(folder) / "report.ncu-rep"
         run = [sys.executable, "-m", "benchmarks.kernels", word, "--check"]
         record = ["ncu", "--kernel-name", f"regex:{names}", "--export", str(report)]
+        record += ["--launch-count", str(LAUNCHES), "--clock-control", "none"]
         record += [part for name in SECTIONS for part in ("--section", name)]
         _output([*record, *run])
         pages = _output(["ncu", "--import", str(report), "--csv", "--page", "raw"])

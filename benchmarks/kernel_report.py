@@ -1,4 +1,4 @@
-"""docs/kernels.md and its plot from the result files of `benchmarks.kernels`.
+"""docs/kernels.md and its plot from the result files of `dskjax bench kernels`.
 
     python -m benchmarks.kernel_report benchmarks/results/kernels-*.json --out docs/kernels.md
 

@@ -35,14 +35,15 @@ def make(case: Case, seed: int = 0) -> dict[str, Any]:
     return {"logits": logits, "bias": case.make(seed)["bias"]}
 
 
-def implementations(case: Case, sweep: bool, others: bool) -> Iterator[tuple[str, Any]]:
-    """(name, function of the op's arguments)."""
-    yield "triton", triton.route
+def implementations(case: Case, sweep: bool, others: bool) -> Iterator[tuple[str, Any, Any]]:
+    """(name, function of the op's arguments, tiles); the first is the usual choice."""
+    yield "triton", triton.route, {"num_warps": 1}
     if others:
-        yield "xla", reference.route
+        yield "xla", reference.route, None
     if sweep:
         for warps in (2, 4):
-            yield f"triton {warps} warps", functools.partial(triton.route, num_warps=warps)
+            run = functools.partial(triton.route, num_warps=warps)
+            yield f"triton {warps} warps", run, {"num_warps": warps}
 
 
 def every_layer(run: Any, case: Case, args: dict[str, Any]) -> tuple[Any, Any, int]:

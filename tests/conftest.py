@@ -5,6 +5,7 @@ process, and the tests marked `gpu(count)` run too (`-m gpu`: only those). `--fu
 marked `full`.
 """
 
+import gc
 import os
 import time
 from pathlib import Path
@@ -98,6 +99,15 @@ def pytest_collection_modifyitems(config, items):
             elif needed > gpus:
                 reason = f"needs {needed} GPUs, found {gpus}"
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish(session):
+    """Fewer garbage collections, and none that looks at what the imports made: tracing makes very
+    many objects.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.hookimpl(trylast=True)

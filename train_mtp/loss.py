@@ -20,8 +20,10 @@ from dskjax.config import ModelConfig
 from dskjax.model import Remat, mtp_chain, param_specs, trunk
 from dskjax.params import Params, cast
 
-CHUNK_BYTES = 256 << 20
-"""fp32 logits that may exist at one time, per device."""
+CHUNK_BYTES = 1 << 30
+"""fp32 logits that may exist at one time, per device. Each chunk reads and writes the gradient of
+the head's weight, so smaller ones cost time.
+"""
 
 
 class Labels(NamedTuple):

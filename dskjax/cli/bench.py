@@ -1,7 +1,9 @@
-"""Commands that measure: bench serve."""
+"""Commands that measure: bench serve, bench kernels."""
 
+import importlib
 import os
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import typer
@@ -137,3 +139,66 @@ def serve(
     if result.found is not None and result.found.best is None:
         err.print(f"no rate of {len(result.found.curve)} kept the objectives", style="red")
         raise typer.Exit(1)
+
+
+@bench.command()
+def kernels(
+    ops: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="OP[:PATTERN]",
+            help="Ops, or cases of an op (* for any letters). Default: every case of every op.",
+        ),
+    ] = None,
+    names: Annotated[
+        bool, typer.Option("--list", help="Only list ops and cases; needs no GPU.")
+    ] = False,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Other tiles too.")] = False,
+    tiles: Annotated[
+        str | None,
+        typer.Option(metavar="PATTERN", help="Only implementations of such names; sweeps."),
+    ] = None,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune",
+            help="Sweep over tiles alone and keep each case's fastest right ones in a table.",
+        ),
+    ] = False,
+    others: Annotated[
+        bool, typer.Option("--others", help="Our other implementations too.")
+    ] = False,
+    check: Annotated[bool, typer.Option("--check", help="Check results, time nothing.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for a kernels-OP.json of each op; with --tune for tune-OP.json and "
+            "tiles.json, which is in benchmarks/results by default."
+        ),
+    ] = None,
+) -> None:
+    """Check and time GPU kernels at real shapes beside the card's own ceilings."""
+    programs = _checkout("benchmarks.kernels")
+    chosen = programs.chosen_cases(ops or [])
+    if names:
+        Console().print(programs.listing(chosen), soft_wrap=True, highlight=False, markup=False)
+        return
+    pattern = tiles or ("*" if sweep else None)
+    rows = programs.run(chosen, sweep=pattern, others=others, check=check, tune=tune, out=out)
+    failed = sum("failed" in row for row in rows)
+    if failed and not (pattern or tune):  # of tiles some do not fit, which is no defect
+        err.print(f"{failed} of {len(rows)} failed, see above", style="red")
+        raise typer.Exit(1)
+
+
+def _checkout(name: str) -> ModuleType:
+    """A module of the programs that are no part of the installed package."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name not in (name, name.partition(".")[0]):
+            raise
+        raise ValueError(
+            f"{name} is in the repository, not in the installed package: clone it and run "
+            "`pip install -e .` there, or `python -m benchmarks.kernels` from its root"
+        ) from error

@@ -349,7 +349,8 @@ def _accept_and_draft(
     draft_probs = state.draft_probs
     if drafts.probs is not None and draft_probs is not None:
         draft_probs = draft_probs.at[target, :m].set(drafts.probs, mode="drop")
-    unused = state.drafts.shape[1] - m
+    next_drafts = jnp.where(allowed, drafts.tokens, -1)
+    unused = ((0, 0), (0, state.drafts.shape[1] - m))
     said, found = state.said, None
     if options.logits is not None and config.extras:
         assert said is not None
@@ -360,12 +361,7 @@ def _accept_and_draft(
         cache=cache,
         length=put(state.length, length),
         last_token=put(state.last_token, kept.tokens[jnp.arange(batch), newest]),
-        drafts=put(
-            state.drafts,
-            jnp.pad(
-                jnp.where(allowed, drafts.tokens, -1), ((0, 0), (0, unused)), constant_values=-1
-            ),
-        ),
+        drafts=put(state.drafts, jnp.pad(next_drafts, unused, constant_values=-1)),
         draft_probs=draft_probs,
         hidden_tail=put(
             state.hidden_tail, jnp.take_along_axis(hidden_all, tail[:, :, None], axis=1)

@@ -16,12 +16,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import hopper
-from pallas_kernels.mla_prefill import attend, copies, cudnn, xla
+from pallas_kernels.mla_prefill import attend, copies, gradient, xla
 from pallas_kernels.mla_prefill.block import COMPUTE, ROWS_EACH, VALUE, Block, Geometry, scratch
 from pallas_kernels.mla_prefill.block_list import BlockList
 from pallas_kernels.mla_prefill.plan import MlaPrefillPlan
 from pallas_kernels.mla_prefill.tiles import Tiles
 from pallas_kernels.mla_prefill.work import list_work
+from pallas_kernels.select import too_large
 
 INPUTS = ("q_nope", "q_rope", "k_nope", "k_rope", "v")
 COPIED_ROWS = 8
@@ -44,8 +45,9 @@ def mla_prefill(
     """See `api.mla_prefill`. `plan.rows` and `plan.same_rows` say nothing that the list of work
     does not find out.
 
-    The gradient is cuDNN's where it can take the arguments, without the log-sum-exp; else that of
-    `xla.mla_prefill`, which computes the scores again, a block of queries at a time.
+    The gradient is made by two kernels (`gradient.py`); with `blocks`, for arrays of 2**31 elements
+    and more, and in the interpreter it is that of `xla.mla_prefill`, which computes the scores
+    again, a block of queries at a time.
 
     Args:
         q_nope: as there.
@@ -76,24 +78,24 @@ def _attend(g: Geometry, with_lse: bool, *args: Any) -> tuple[jax.Array, jax.Arr
 
 
 def _forward(g: Geometry, with_lse: bool, *args: Any) -> tuple[Any, Any]:
-    return _attend(g, with_lse, *args), args
+    out, lse = _run(g, *args)
+    return (out, lse if with_lse else None), (args, out, lse)
 
 
-def _backward(g: Geometry, with_lse: bool, args: Any, gradients: Any) -> tuple[Any, ...]:
-    *arrays, plan, blocks = args
-    options: Any = {"plan": plan, "with_lse": with_lse}
-    inputs: Any = dict(zip(INPUTS, arrays, strict=True))
-    by_cudnn = cudnn.supports(**inputs, **options, blocks=blocks) is None
+def _backward(g: Geometry, with_lse: bool, saved: Any, gradients: Any) -> tuple[Any, ...]:
+    (*arrays, plan, blocks), out, lse = saved
+    large = too_large(*(x.shape for x in arrays))
+    if g.interpret is None and blocks is None and large is None:
+        found = gradient.gradients(*arrays, out, lse, *gradients, plan, scale=g.scale)
+        return *found, None, None
 
-    def run(inputs: Any) -> tuple[jax.Array, jax.Array | None]:
-        if by_cudnn:
-            return cudnn.mla_prefill(**inputs, **options, scale=g.scale)
-        out, lse = xla.mla_prefill(**inputs, **options, scale=g.scale, blocks=blocks)
+    def run(*arrays: Any) -> tuple[jax.Array, jax.Array | None]:
+        inputs: Any = dict(zip(INPUTS, arrays, strict=True))
+        out, lse = xla.mla_prefill(**inputs, plan=plan, scale=g.scale, blocks=blocks)
         return out, lse if with_lse else None
 
-    _, pull = jax.vjp(run, inputs)
-    (found,) = pull(gradients)
-    return *(found[name] for name in INPUTS), None, None
+    _, pull = jax.vjp(run, *arrays)
+    return *pull(gradients), None, None
 
 
 _attend.defvjp(_forward, _backward)

@@ -1,4 +1,6 @@
-"""Which tiles of keys each tile of queries visits: the list of work of the Hopper kernel."""
+"""Which tiles of keys each tile of queries visits: the list of work of the Hopper kernel, and those
+of the kernels of its gradients.
+"""
 
 import dataclasses
 import typing
@@ -12,7 +14,7 @@ from pallas_kernels.mla_prefill.plan import MlaPrefillPlan
 from pallas_kernels.mla_prefill.tiles import QUERY_TILE
 
 FULL, ALL = range(2)
-"""Columns of `Work.counts`."""
+"""Columns of `Work.counts` and `Walk.counts`."""
 _SKIP, _MASKED, _FULL = range(3)
 _NO_QUERY, _NO_KEY = -1, -2  # they differ, so that padding never sees unused keys
 _LARGEST = jnp.iinfo(jnp.int32).max
@@ -68,6 +70,54 @@ def list_work(plan: MlaPrefillPlan, key_tile: int, blocks: BlockList | None = No
         tiles=jnp.take_along_axis(tiles, order, axis=2).astype(jnp.int32),
         counts=counts.astype(jnp.int32),
         unused=1 - key.whole.astype(jnp.int32),
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+@typing.no_type_check  # a pytree is also rebuilt from specs, shapes and None: no check at birth
+class Walk:
+    """For each of A tiles of one side, queries or keys, the tiles of the other that it meets.
+
+    Attributes:
+        query_seq: i32, of whole tiles, -1 for padding.
+        query_pos: likewise.
+        key_seq: i32, of whole tiles, -2 for keys nobody sees.
+        key_pos: likewise.
+        tiles: i32 [A, B], those first that are seen whole.
+        counts: i32 [A, 2], how many are seen whole, and how many are met.
+    """
+
+    query_seq: jax.Array
+    query_pos: jax.Array
+    key_seq: jax.Array
+    key_pos: jax.Array
+    tiles: jax.Array
+    counts: jax.Array
+
+
+def walk_keys(plan: MlaPrefillPlan, query_tile: int, key_tile: int) -> Walk:
+    """For each tile of queries its tiles of keys."""
+    pairs = pairs_of(plan, key_tile, query_tile)
+    return _walk(pairs, pairs.seen, pairs.full)
+
+
+def walk_queries(plan: MlaPrefillPlan, query_tile: int, key_tile: int) -> Walk:
+    """For each tile of keys its tiles of queries."""
+    pairs = pairs_of(plan, key_tile, query_tile)
+    return _walk(pairs, pairs.seen.T, pairs.full.T)
+
+
+def _walk(pairs: "Pairs", seen: jax.Array, full: jax.Array) -> Walk:
+    state = jnp.where(full, _FULL, jnp.where(seen, _MASKED, _SKIP))
+    counts = [(state >= least).sum(axis=1) for least in (_FULL, _MASKED)]
+    return Walk(
+        query_seq=pairs.query.seq.reshape(-1),
+        query_pos=pairs.query.pos.reshape(-1),
+        key_seq=pairs.key.seq.reshape(-1),
+        key_pos=pairs.key.pos.reshape(-1),
+        tiles=jnp.argsort(-state, axis=1, stable=True).astype(jnp.int32),
+        counts=jnp.stack(counts, axis=1).astype(jnp.int32),
     )
 
 
@@ -129,7 +179,7 @@ class Pairs(typing.NamedTuple):
     """All pairs of a tile of queries and one of keys.
 
     Attributes:
-        query: tiles of 128.
+        query: tiles of queries.
         key: tiles of keys.
         seen: bool [A, B], False only where nothing can be seen.
         full: bool [A, B], True only where all can: both tiles are of one sequence, and no key is
@@ -142,9 +192,9 @@ class Pairs(typing.NamedTuple):
     full: jax.Array
 
 
-def pairs_of(plan: MlaPrefillPlan, key_tile: int) -> Pairs:
+def pairs_of(plan: MlaPrefillPlan, key_tile: int, query_tile: int = QUERY_TILE) -> Pairs:
     """Compares the ranges of sequences and positions."""
-    query = TiledRows.of(plan.query_seq, plan.query_pos, QUERY_TILE, _NO_QUERY)
+    query = TiledRows.of(plan.query_seq, plan.query_pos, query_tile, _NO_QUERY)
     key = TiledRows.of(plan.key_seq, plan.key_pos, key_tile, _NO_KEY)
     q = jax.tree.map(lambda x: x[:, None], query)
     met = (q.first_seq <= key.last_seq) & (key.first_seq <= q.last_seq)

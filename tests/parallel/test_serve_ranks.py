@@ -69,7 +69,12 @@ def alone():
 
 @pytest.mark.devices(4)
 @pytest.mark.parametrize(
-    "options", [{"mixed": True}, pytest.param({"unroll": True}, marks=pytest.mark.full)]
+    "options",
+    [
+        {"mixed": True, "chunk": 8},  # one shape of prompt rows
+        pytest.param({"unroll": True, "chunk": 16}, marks=pytest.mark.full),  # two
+    ],
+    ids=["mixed", "unrolled"],
 )
 def test_tokens_are_those_of_one_device(alone, options):
     """Sampling with seeds, penalties, drafts, aborts, and so few pages that requests give way."""

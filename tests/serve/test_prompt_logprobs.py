@@ -8,6 +8,7 @@ import pytest
 from dskjax.decode.rules import RuleOptions
 from serve import runner
 from serve.attempts import copy_request
+from serve.buckets import Buckets
 from serve.programs import CompileCounter
 from serve.request import FinishReason, Status
 from tests.decode.plain import Ask, answer
@@ -16,7 +17,7 @@ from tests.serve.stack import Answers, assert_empty, build, make_request, small,
 
 MODULES = 1
 LENGTHS = (1, 2, 3, 4, 5, 15, 16, 17, 18, 32, 33, 40)
-"""Around the pages of 4 and the chunks of 16 and 4 tokens."""
+"""Around the pages of 4 and the chunks of 4, 8 and 16 tokens."""
 
 
 def prompt(length, seed=0):
@@ -26,21 +27,33 @@ def prompt(length, seed=0):
 WAYS = [True, pytest.param(False, marks=pytest.mark.full)]
 
 
+make_buckets = Buckets.make
+
+
+def one_shape(**options):
+    """Prompt rows of four sequences only."""
+    return dataclasses.replace(make_buckets(**options), chunk_shapes=((4, options["chunk"]),))
+
+
 @pytest.fixture(scope="module", params=WAYS, ids=["mixed", "in turn"])
 def served(request):
     """(engine, its answers), with so few pages that requests give way to others. Prompt rows share
-    programs with decoding rows, or not.
+    programs with decoding rows, or not. Those that do come in one shape: they take long to compile.
     """
     answers = Answers()
     config = small(
         mixed=request.param,
+        chunk=8 if request.param else 16,
         drafts=1,
         pages=24,
         prompt_logprobs=True,
         rules=("strict",),
         accept=RuleOptions(name="strict"),
     )
-    engine = build(toy_model(MODULES), config, answers)
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param:
+            patch.setattr(Buckets, "make", one_shape)
+        engine = build(toy_model(MODULES), config, answers)
     engine.start()
     yield engine, answers
     engine.stop()
