@@ -119,7 +119,7 @@ def implementations(
 
 # (own rows, rows walked, stages): of 64 rows two programs fit in the shared memory of an SM.
 SWEEP = {
-    "for_keys": ((128, 64, 3), (128, 64, 1), (128, 32, 3), (64, 64, 1), (64, 32, 2), (64, 32, 3)),
+    "for_keys": ((128, 64, 3), (128, 64, 1), (128, 32, 3), (64, 64, 1), (64, 32, 2), (128, 64, 2)),
     "for_queries": ((128, 64, 2), (128, 64, 1), (128, 32, 3), (128, 128, 1), (64, 64, 1)),
 }
 USUAL = {"for_keys": FOR_KEYS, "for_queries": FOR_QUERIES}

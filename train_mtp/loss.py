@@ -118,6 +118,26 @@ def _is_label(labels_bc: Array, vocab: int) -> Array:
     return labels_bc[..., None] == jnp.arange(vocab)
 
 
+# Logits are the largest arrays of a step: each of these reads them once for two results.
+def _largest(logits: Array) -> tuple[Array, Array]:
+    """Maximum over the vocabulary and where it is; of equal ones the lowest id."""
+
+    def larger(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+        is_a = (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] < b[1]))
+        return jnp.where(is_a, a[0], b[0]), jnp.where(is_a, a[1], b[1])
+
+    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    nothing = jnp.float32(-jnp.inf), jnp.int32(jnp.iinfo(jnp.int32).max)
+    return jax.lax.reduce((logits, ids), nothing, larger, (logits.ndim - 1,))
+
+
+def _sums(a: Array, b: Array) -> tuple[Array, Array]:
+    def add(x: tuple[Array, Array], y: tuple[Array, Array]) -> tuple[Array, Array]:
+        return x[0] + y[0], x[1] + y[1]
+
+    return jax.lax.reduce((a, b), (jnp.float32(0), jnp.float32(0)), add, (a.ndim - 1,))
+
+
 def _head_loss_forward(
     hidden_bsd: Array, weight_xd: Array, labels_bs: Array, columns: int
 ) -> tuple[TokenLoss, tuple[Array, ...]]:
@@ -126,9 +146,11 @@ def _head_loss_forward(
     def chunk(part: tuple[Array, Array]) -> TokenLoss:
         hidden_bcd, labels_bc = part
         logits = _logits(hidden_bcd, weight)
-        lse = jax.nn.logsumexp(logits, axis=-1)
-        at_label = jnp.where(_is_label(labels_bc, logits.shape[-1]), logits, 0).sum(axis=-1)
-        return TokenLoss(lse - at_label, lse, jnp.argmax(logits, axis=-1).astype(jnp.int32))
+        largest, best = _largest(logits)
+        at_label = jnp.where(_is_label(labels_bc, logits.shape[-1]), logits, 0)
+        total, at_label = _sums(jnp.exp(logits - largest[..., None]), at_label)
+        lse = largest + jnp.log(total)
+        return TokenLoss(lse - at_label, lse, best)
 
     parts = jax.lax.map(
         chunk, (split_columns(hidden_bsd, columns), split_columns(labels_bs, columns))

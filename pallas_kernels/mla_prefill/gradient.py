@@ -65,7 +65,7 @@ class GradientTiles:
 
 
 FOR_QUERIES = GradientTiles(stages=3)
-FOR_KEYS = GradientTiles()
+FOR_KEYS = GradientTiles(own=64, walked=32, stages=3)
 
 
 # A jit of its own, so that all layers of an unrolled model call one function.

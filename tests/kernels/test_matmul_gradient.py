@@ -1,4 +1,5 @@
-"""The gradients of `matmul` in plain JAX: those of the definition, by products in the inputs' type."""
+"""The gradients of `matmul` in plain JAX: those of the definition, by products of the inputs' type.
+"""
 
 import jax
 import jax.numpy as jnp
