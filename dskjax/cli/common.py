@@ -14,7 +14,7 @@ app = typer.Typer(
     help="DeepSeek-V3 family models in JAX: inspect, compare, pre-train, generate, serve.",
 )
 train_mtp = typer.Typer(no_args_is_help=True, help="MTP heads: train, evaluate, export.")
-bench = typer.Typer(no_args_is_help=True, help="Measure: a server, acceptance rules.")
+bench = typer.Typer(no_args_is_help=True, help="Measure: a server, acceptance rules, kernels.")
 app.add_typer(train_mtp, name="train-mtp")
 app.add_typer(bench, name="bench")
 err = Console(stderr=True)
