@@ -27,6 +27,7 @@ from dskjax.layers.rope import rope_tables
 from dskjax.mtp import MtpModule
 from dskjax.params import Params, WeightSpec, abstract, bind, initialise, is_spec, specs_of
 from pallas_kernels import MlaPrefillPlan
+from pallas_kernels.matmul.xla import accumulate
 
 Remat = Callable[..., Any] | None
 """A `jax.checkpoint` policy, for example `jax.checkpoint_policies.nothing_saveable`; None keeps all
@@ -130,12 +131,16 @@ def head(
     """fp32 logits of hidden states that already went through a final norm; with `sharding`, whole
     ones where its rules split the vocabulary.
     """
-    weight = params["embed_tokens" if cfg.tie_word_embeddings else "lm_head"]["weight"]
+    logits = logits_of(
+        hidden, params["embed_tokens" if cfg.tie_word_embeddings else "lm_head"]["weight"]
+    )
+    return logits if sharding is None else sharding.whole_logits(logits)
+
+
+def logits_of(hidden: Float[Array, "*T D"], weight: Float[Array, "X D"]) -> Float[Array, "*T X"]:
+    """The head's product in the dtype of `hidden`, to which gradients are rounded too."""
     with jax.named_scope("lm_head"):
-        logits = jnp.einsum(
-            "...d,xd->...x", hidden, weight.astype(hidden.dtype), preferred_element_type=jnp.float32
-        )
-        return logits if sharding is None else sharding.whole_logits(logits)
+        return accumulate(hidden, weight.astype(hidden.dtype))
 
 
 def final_norm(

@@ -19,6 +19,13 @@ OP = {
         reason="inputs are exact; probabilities, products and results are rounded to 8 bits",
     ),
 }
+LAYERS_IN_BF16 = Tolerance(
+    abs=3e-2,
+    rel=1e-2,
+    cosine=2e-5,
+    reason="as OP, after some layers: of 8,160 values two near 2.6 were three steps of 8 bits "
+    "apart, 0.047, where fp32 sums over experts were added in another order",
+)
 E4M3_ROWS = Tolerance(
     abs=2.0,
     rel=0.1,

@@ -20,7 +20,7 @@ from pallas_kernels import QTensor
 from pallas_kernels.testing import assert_close, assert_equal, jit
 from tests.model.common import Pages, ragged, run_forward, run_forward_mtp
 from tests.model.quantised import CFG, PRECISIONS, dequantised, plain, quantised, with_leaf
-from tests.tolerances import MODEL, OP
+from tests.tolerances import LAYERS_IN_BF16, MODEL
 
 TOKENS = np.random.default_rng(8).integers(0, CFG.vocab_size, (3, 17), np.int32)
 IMPLS = ("reference", "xla")
@@ -80,7 +80,7 @@ def test_bf16(precision):
     hidden = forward("xla")(params)["h^1"]
     assert hidden.dtype == jnp.bfloat16
     want = forward("xla")(cast(dequantised(params), specs, jnp.bfloat16))["h^1"]
-    assert_close(hidden, want, OP["bfloat16"], "h^1")
+    assert_close(hidden, want, LAYERS_IN_BF16, "h^1")
 
 
 # ------------------------------------------------------------------ planted bugs

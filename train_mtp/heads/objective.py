@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.matmul.xla import accumulate
+from dskjax.model import logits_of
 from train_mtp.heads.teacher import Teacher
 from train_mtp.loss import columns_at_once, join_columns, split_columns
 
@@ -107,8 +107,7 @@ def depth_loss(
     @jax.checkpoint
     def chunk(part: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         hidden_bcd, labels_bc, ids, top, *lses = part
-        with jax.named_scope("lm_head"):
-            logits = accumulate(hidden_bcd, weight)
+        logits = logits_of(hidden_bcd, weight)
         of_top = jnp.take_along_axis(logits, ids, axis=-1)
         at_label = jnp.take_along_axis(logits, labels_bc[..., None], axis=-1)[..., 0]
         ce = jax.nn.logsumexp(logits, axis=-1) - at_label
