@@ -191,3 +191,11 @@ def test_chunks_bound_the_logits():
     columns = loss.columns_at_once(128, 6144)
     assert columns * 128 * 6144 * 4 <= loss.CHUNK_BYTES < (columns + 1) * 128 * 6144 * 4
     assert loss.columns_at_once(10**6, 10**6) == 1
+
+
+def test_of_equally_likely_tokens_the_lowest_id_is_best():
+    weight = np.zeros((9, 4), np.float32)
+    weight[[3, 7]] = 1.0
+    hidden = jnp.stack([jnp.ones((3, 4)), -jnp.ones((3, 4))])  # 3 and 7 first, all others first
+    found = loss.head_loss(hidden, jnp.asarray(weight), jnp.zeros((2, 3), jnp.int32), 2)
+    np.testing.assert_array_equal(found.best, [[3] * 3, [0] * 3])
