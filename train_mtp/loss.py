@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dskjax.axes import Sharding
 from dskjax.config import ModelConfig
-from dskjax.model import Remat, mtp_chain, param_specs, trunk
+from dskjax.model import Remat, logits_of, mtp_chain, param_specs, trunk
 from dskjax.params import Params, cast
 
 CHUNK_BYTES = 1 << 30
@@ -108,11 +108,6 @@ def head_loss(
     return _head_loss_forward(hidden_bsd, weight_xd, labels_bs, columns)[0]
 
 
-def _logits(hidden_bcd: Array, weight_xd: Array) -> Array:
-    with jax.named_scope("lm_head"):
-        return jnp.einsum("bcd,xd->bcx", hidden_bcd, weight_xd, preferred_element_type=jnp.float32)
-
-
 def _is_label(labels_bc: Array, vocab: int) -> Array:
     # A comparison, not a gather: it fuses with what follows and splits over the vocabulary.
     return labels_bc[..., None] == jnp.arange(vocab)
@@ -145,7 +140,7 @@ def _head_loss_forward(
 
     def chunk(part: tuple[Array, Array]) -> TokenLoss:
         hidden_bcd, labels_bc = part
-        logits = _logits(hidden_bcd, weight)
+        logits = logits_of(hidden_bcd, weight)
         largest, best = _largest(logits)
         at_label = jnp.where(_is_label(labels_bc, logits.shape[-1]), logits, 0)
         total, at_label = _sums(jnp.exp(logits - largest[..., None]), at_label)
@@ -166,7 +161,7 @@ def _head_loss_backward(columns: int, saved: tuple[Array, ...], grads: Any) -> t
 
     def chunk(d_weight: Array, part: tuple[Array, ...]) -> tuple[Array, Array]:
         hidden_bcd, labels_bc, lse_bc, d_nats_bc, d_lse_bc = part
-        probs = jnp.exp(_logits(hidden_bcd, weight) - lse_bc[..., None])
+        probs = jnp.exp(logits_of(hidden_bcd, weight) - lse_bc[..., None])
         d_logits = probs * (d_nats_bc + d_lse_bc)[..., None]
         d_logits -= jnp.where(_is_label(labels_bc, probs.shape[-1]), d_nats_bc[..., None], 0)
         d_logits = d_logits.astype(dtype)

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from serve.engine_api import Role
 from serve.transfer.faults import Fault, Faults, Rule
 from serve.transfer.states import TransferState
 from serve.transfer.transport import Mode
@@ -45,6 +46,10 @@ def test_tokens_are_those_of_one_engine(layout, modules, mode, request):
         summaries = pd.serve(requests)
         assert check_texts(pd, some, requests, modules) == len(some)
         pd.assert_empty()
+        for engine in pd.engines:  # a step must know where logits are split, to gather them
+            tp = layout.prefill_tp if engine.role is Role.PREFILL else layout.decode_tp
+            sharding = engine._runner.config.sharding
+            assert layout.ep * tp == (1 if sharding is None else sharding.mesh.size)
         stats = pd.transport.stats
     for ask, summary in zip(some, summaries, strict=True):
         assert summary.tokens_transferred == len(ask.prompt)  # nobody was served another way

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dskjax.model import logits_of
 from train_mtp.loss import columns_at_once, join_columns, shift_left, split_columns
 
 BLOCK = 16
@@ -63,9 +64,7 @@ def teach(
 
     def chunk(hidden_bcd: jax.Array) -> tuple[jax.Array, ...]:
         with jax.named_scope("teacher"):
-            logits = jnp.einsum(
-                "bcd,xd->bcx", hidden_bcd, weight, preferred_element_type=jnp.float32
-            )
+            logits = logits_of(hidden_bcd, weight)
             top, ids = largest(logits, min(top_k, vocab))
             lse = (jax.nn.logsumexp(logits / t, axis=-1) for t in temperatures)
             return (ids, top, *lse)
