@@ -104,7 +104,7 @@ def make(case: Case, seed: int = 0) -> dict[str, Any]:
 
     def tensor(key: jax.Array, shape: tuple[int, ...], recipe: Any) -> Any:
         made = quantise(jax.random.normal(key, shape, jnp.bfloat16), recipe)
-        return pack(made) if made.format == "int4" else made
+        return pack(made, full_range=case.full_range) if made.format == "int4" else made
 
     @jax.jit
     def weights(key: jax.Array) -> Any:  # an expert at a time: its fp32 values come and go
@@ -145,25 +145,26 @@ def _other_fp8_tiles(case: Case) -> Iterator[Tiles]:
             if 180 < stages * deep * (size + 128) / 8 <= 220:
                 yield Tiles(rows=size, deep=deep, stages=stages, auto_barriers=barriers)
     if mean >= 32:
-        for together, stages, barriers in itertools.product((1, 2), (4, 5), (False, True)):
-            yield Tiles(
-                rows=128,
-                together=together,
-                stages=stages,
-                registers=(40, 232),
-                auto_barriers=barriers,
-            )
+        for together, stages, cluster in itertools.product((1, 2, 4, 8), (4, 5), (1, 2)):
+            if case.k // 128 % together == 0:
+                yield Tiles(
+                    rows=128,
+                    together=together,
+                    stages=stages,
+                    registers=(40, 232),
+                    cluster=cluster,
+                )
 
 
 def _other_int4_tiles(case: Case) -> Iterator[Tiles]:
     mean = case.rows / case.experts
     for rows, (deep, together), per_sm, barriers in itertools.product(
-        (8, 16, 32, 64, 128), ((1, 2), (2, 1), (2, 2)), (1, 2), (False, True)
+        (8, 16, 32, 64, 128), ((1, 2), (1, 4), (1, 8), (2, 1), (2, 2)), (1, 2), (False, True)
     ):
         registers = (24, 240) if rows >= 64 else None
         stages = (225 // per_sm - rows // 4) * 1024 // (deep * (8704 + 128 * rows))
         few, many = mean <= rows <= max(2 * mean, 16), rows <= 2 * mean
-        if stages > together and (few or many and rows >= 64) and not (registers and per_sm > 1):
+        if stages > min(2, together) and (few or many and rows >= 64) and not (registers and per_sm > 1):
             yield Tiles(
                 rows=rows,
                 deep=deep,

@@ -15,7 +15,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dskjax.config import ModelConfig
-from dskjax.hopper import pack_experts
+from dskjax.hopper import packed_shapes
 from dskjax.model import param_specs
 from dskjax.params import Params, abstract, unstack
 from dskjax.quantise import quantise
@@ -40,10 +40,10 @@ def param_shapes(
     def formed(params: Params) -> Any:
         if precision != "bf16":
             params = quantise(params, precision)
-        params = unstack(params) if unrolled else params
-        return pack_experts(params) if precision == "w4afp8" else params
+        return unstack(params) if unrolled else params
 
-    return jax.eval_shape(formed, abstract(param_specs(cfg), dtype))
+    shapes = jax.eval_shape(formed, abstract(param_specs(cfg), dtype))
+    return packed_shapes(shapes) if precision == "w4afp8" else shapes
 
 
 def random_like(shapes: Any, shardings: Any = None, seed: int = 1) -> Any:

@@ -1,5 +1,7 @@
 """Weights in the layout that kernels for Hopper read."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +10,7 @@ import jax
 from dskjax.params import Params, is_weight
 from pallas_kernels import QTensor
 from pallas_kernels.grouped_matmul import PackedInt4, pack
-from pallas_kernels.grouped_matmul.packed_int4 import INPUTS
+from pallas_kernels.grouped_matmul.packed_int4 import INPUTS, has_lowest
 from pallas_kernels.quant import INT4_GROUP
 from pallas_kernels.select import no_hopper, whole_arrays_only
 
@@ -35,20 +37,29 @@ def pack_experts(params: Params, shardings: Shardings | None = None) -> Params:
             into tiles of 64 outputs x 128 inputs.
     """
     if shardings is None:
-        return _each(params, lambda w, _: _packed(w))
+        return _each(params, lambda w, _: _packed(w, bool(has_lowest(w))))
     before = shardings(params)
-    after = shardings(jax.eval_shape(pack_experts, params))
+    after = shardings(packed_shapes(params))
 
     def one(w: QTensor, keys: tuple[Any, ...]) -> PackedInt4:
         split = [jax.tree.map(lambda where: where.spec, _at(t, keys)) for t in (before, after)]
-        mesh = _at(before, keys).values.mesh
+        mesh, full_range = _at(before, keys).values.mesh, bool(has_lowest(w))
         return jax.jit(
             jax.shard_map(
-                _pack_matrices, mesh=mesh, in_specs=(split[0],), out_specs=split[1], check_vma=False
+                lambda w: _pack_matrices(w, full_range),
+                mesh=mesh,
+                in_specs=(split[0],),
+                out_specs=dataclasses.replace(split[1], full_range=full_range),
+                check_vma=False,
             )
         )(w)
 
     return _each(params, one)
+
+
+def packed_shapes(params: Params) -> Any:
+    """Shapes of what `pack_experts` makes of params, or of their shapes, if no weight is -8."""
+    return jax.eval_shape(lambda params: _each(params, lambda w, _: _packed(w, False)), params)
 
 
 def _each(params: Params, pack_one: Callable[[QTensor, tuple[Any, ...]], PackedInt4]) -> Params:
@@ -94,12 +105,12 @@ def pack_where_read(params: Params, shardings: Shardings | None = None) -> Param
     return pack_experts(params, shardings) if int4 and tiles else params
 
 
-def _pack_matrices(weight: QTensor) -> PackedInt4:
-    """Matrix by matrix, weights being [..., N, K]."""
+def _pack_matrices(weight: QTensor, full_range: bool) -> PackedInt4:
+    """Matrix by matrix, weights being [..., N, K]; see `pack`."""
     lead = weight.shape[:-2]
     matrices = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(lead) :]), weight)
-    packed = jax.lax.map(pack, matrices)
+    packed = jax.lax.map(functools.partial(pack, full_range=full_range), matrices)
     return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), packed)
 
 
-_packed = jax.jit(_pack_matrices)
+_packed = jax.jit(_pack_matrices, static_argnums=1)

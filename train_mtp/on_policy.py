@@ -24,6 +24,9 @@ from dskjax.documents import form, iter_documents, iter_records, list_files, tex
 from dskjax.params import Params
 from dskjax.tokenizer import END_THINK, Tokenizer
 
+_CHARS_PER_TOKEN = 16  # of ordinary text no so many are needed
+_CUT = "\ufffd"  # what is decoded of a part of a character
+
 
 class Prompt(NamedTuple):
     """What the trunk is to go on from.
@@ -46,6 +49,7 @@ def read_prompts(
     tokenizer: Tokenizer,
     *,
     prefix: int,
+    per_text: int = 1,
     thinking: bool | None = None,
 ) -> Iterator[Prompt]:
     """Prompts of files and folders, in order.
@@ -55,6 +59,8 @@ def read_prompts(
             left out), or {"text"}; or text files.
         tokenizer: of the trunk.
         prefix: tokens of a plain text that are its prompt, bos included; shorter texts are skipped.
+            A prompt is shorter by the tokens of a character that it would cut in two.
+        per_text: prompts of a plain text: its beginning, and beginnings of lines spread over it.
         thinking: the chat template's switch; None turns it on where there is one.
 
     Raises:
@@ -64,26 +70,39 @@ def read_prompts(
         thinking = True
     for path in list_files(paths):
         if form(path) == "text":
-            yield from _of_texts(path, tokenizer, prefix)
+            for document in iter_documents([path], tokenizer=tokenizer):
+                yield from _of_text(document.text, document.source, tokenizer, prefix, per_text)
             continue
         for number, row in iter_records(path):
             where = f"{path}:{number}"
             if "text" in row:
                 text = text_field(row, "text", where)
-                yield from _of_text(text, where, tokenizer, prefix)
+                yield from _of_text(text, where, tokenizer, prefix, per_text)
             else:
                 yield _of_messages(_messages(row, where), where, tokenizer, thinking)
 
 
-def _of_texts(path: Path, tokenizer: Tokenizer, prefix: int) -> Iterator[Prompt]:
-    for document in iter_documents([path], tokenizer=tokenizer):
-        yield from _of_text(document.text, document.source, tokenizer, prefix)
+def _of_text(
+    text: str, where: str, tokenizer: Tokenizer, prefix: int, per_text: int
+) -> Iterator[Prompt]:
+    for start in _starts(text, per_text):
+        # The whole of a long text is not worth encoding for its first tokens.
+        part = text[start : start + prefix * _CHARS_PER_TOKEN]
+        ids = tokenizer.encode(part, bos=True, parse_special=False)
+        if len(ids) <= prefix:
+            ids = tokenizer.encode(text[start:], bos=True, parse_special=False)
+        if len(ids) <= prefix:
+            continue
+        ids = ids[:prefix]
+        while tokenizer.decode(ids).endswith(_CUT):
+            ids.pop()
+        yield Prompt(ids, None, False, where)
 
 
-def _of_text(text: str, where: str, tokenizer: Tokenizer, prefix: int) -> Iterator[Prompt]:
-    ids = tokenizer.encode(text, bos=True, parse_special=False)
-    if len(ids) > prefix:
-        yield Prompt(ids[:prefix], None, False, where)
+def _starts(text: str, count: int) -> list[int]:
+    """Where prompts of a text begin: at its beginning, and at lines about equally far apart."""
+    lines = (text.find("\n", len(text) * n // count) + 1 for n in range(1, count))
+    return [0, *dict.fromkeys(line for line in lines if line)]
 
 
 def _messages(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
@@ -134,7 +153,8 @@ def write_answers(
         tokenizer: its.
         prompts: in the order of the lines; as many as `out` has lines already are skipped.
         out: `.jsonl` to write or to go on with.
-        batch: prompts at a time.
+        batch: prompts at a time; a last batch of fewer is filled up, as another shape would have to
+            be compiled for it.
         max_tokens: most tokens of an answer.
         temperature: as it will be served; prompt n draws with seed + n.
         top_p: likewise.
@@ -160,25 +180,27 @@ def write_answers(
                         f"{prompt.source}: a prompt of {len(prompt.ids)} tokens and {max_tokens=} "
                         f"exceed {cfg.max_position_embeddings=}; ask for fewer tokens"
                     )
-            seeds = [(seed + done + n) % 2**32 for n in range(len(part))]
+            rows = list(itertools.islice(itertools.cycle(range(len(part))), batch))
+            seeds = [(seed + done + n) % 2**32 for n in rows]
             result = generate(
                 params,
                 cfg,
-                [prompt.ids for prompt in part],
+                [part[n].ids for n in rows],
                 max_tokens=max_tokens,
                 sampling=SamplingParams.make(
-                    len(part), temperature=temperature, top_p=top_p, seed=seeds
+                    batch, temperature=temperature, top_p=top_p, seed=seeds
                 ),
                 accept="rejection" if temperature else "strict",
                 drafts=drafts,
                 impl=impl,
             )
-            for prompt, ids in zip(part, result.tokens, strict=True):
+            answers = result.tokens[: len(part)]
+            for prompt, ids in zip(part, answers, strict=True):
                 file.write(json.dumps(_record(prompt, ids, tokenizer)) + "\n")
             file.flush()
             os.fsync(file.fileno())
             done += len(part)
-            tokens += sum(map(len, result.tokens))
+            tokens += sum(map(len, answers))
             on_batch(done, tokens)
     return done
 

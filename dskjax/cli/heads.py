@@ -1,5 +1,6 @@
 """Commands for MTP heads: train-mtp run, export, evaluate, generate-data, plot."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -134,8 +135,14 @@ def generate_data(
     temperature: Annotated[float, typer.Option(help="As the trunk will be served.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
     max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 512,
-    prefix: Annotated[int, typer.Option(help="Tokens of a plain text that are its prompt.")] = 64,
-    batch: Annotated[int, typer.Option(help="Prompts at a time.")] = 64,
+    prefix: Annotated[
+        int, typer.Option(help="Tokens of a plain text that are its prompt.", min=1)
+    ] = 64,
+    per_text: Annotated[
+        int, typer.Option(help="Prompts of a plain text, spread over it.", min=1)
+    ] = 1,
+    limit: Annotated[int | None, typer.Option(help="Most prompts. Default: all.", min=1)] = None,
+    batch: Annotated[int, typer.Option(help="Prompts at a time.", min=1)] = 64,
     thinking: Annotated[
         bool | None, typer.Option(help="The chat template's switch; on where there is one.")
     ] = None,
@@ -155,7 +162,8 @@ def generate_data(
     folder = find(model, revision)
     params, cfg = load(folder, dtype, dequantise=dequantise)
     tokenizer = Tokenizer.load(folder)
-    source = read_prompts(prompts, tokenizer, prefix=prefix, thinking=thinking)
+    source = read_prompts(prompts, tokenizer, prefix=prefix, per_text=per_text, thinking=thinking)
+    source = itertools.islice(source, limit)
     with Progress(*Progress.get_default_columns(), "{task.fields[note]}", console=err) as bar:
         task = bar.add_task("answering", total=None, note="")
         lines = write_answers(

@@ -19,6 +19,10 @@ def study(
         list[str], typer.Option(help="Held-out files to draft on, KIND=PATH or plain; repeat.")
     ],
     out: Annotated[Path, typer.Option(help="Folder of the study; gets study.json.")],
+    data_set: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=PATH: other text, for the variants whose data it is; repeat."),
+    ] = None,
     steps: Annotated[int, typer.Option(help="Steps of every variant.")] = 1000,
     batch_size: Annotated[int, typer.Option(help="Rows a step.")] = 16,
     seq_len: Annotated[int, typer.Option(help="Tokens a row.")] = 1024,
@@ -41,7 +45,7 @@ def study(
     remat: Annotated[str, typer.Option(help="jax.checkpoint policy per module, or none.")] = "none",
     log_every: Annotated[int, typer.Option(help="Steps between lines of metrics.")] = 10,
     max_minutes: Annotated[
-        float | None, typer.Option(help="Leave out seeds that would end later.")
+        float | None, typer.Option(help="Leave out seeds and data sets that would end later.")
     ] = None,
     cache_dir: Annotated[
         Path | None, typer.Option(help="Where tokenised text is kept. Default: OUT/tokens.")
@@ -76,8 +80,19 @@ def study(
         stride=stride,
         max_tokens=max_tokens,
     )
-    path = run_study(config, table, evaluation, keep=keep)
+    path = run_study(config, table, evaluation, sets=_sets(data_set or []), keep=keep)
     err.print(f"wrote {path}", soft_wrap=True)
+
+
+def _sets(given: list[str]) -> dict[str, list[Path]]:
+    """Paths by name, of texts NAME=PATH; a name may have several."""
+    sets: dict[str, list[Path]] = {}
+    for text in given:
+        name, _, path = text.partition("=")
+        if not name or not path:
+            raise ValueError(f"--data-set {text}: expected NAME=PATH")
+        sets.setdefault(name, []).append(Path(path))
+    return sets
 
 
 @train_mtp.command("study-report")

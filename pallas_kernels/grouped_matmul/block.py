@@ -2,6 +2,7 @@
 
 The grid is as large as the device, and a thread block takes every n-th item: 128 outputs or more of
 a tile of rows (see `work.py`), tile by tile, so that an expert's weights are read once from memory.
+Thread blocks of a cluster (see `Tiles`) take items next to each other and share what they copy.
 
     warpgroup 2       one thread of it copies weights, rows and their scales into a ring of stages,
                       item after item: it never waits for an item to end
@@ -25,9 +26,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.grouped_matmul.launch import Kernel, launch
 from pallas_kernels.grouped_matmul.products import BLOCK
 from pallas_kernels.grouped_matmul.ring import (
+    CLUSTER,
     barriers,
+    leave_together,
     load_in_one_warp,
     load_item,
+    release,
     wait_until_empty,
 )
 from pallas_kernels.grouped_matmul.tiles import Tiles
@@ -48,7 +52,7 @@ class Geometry:
         inputs: K.
         block: inputs of a block: a row of 128 bytes.
         tiles: see there.
-        thread_blocks: of the grid.
+        thread_blocks: of the grid, a multiple of `tiles.cluster`.
         interpret: parameters of Pallas' GPU interpreter; None on a GPU.
     """
 
@@ -63,19 +67,32 @@ class Geometry:
     def of(
         cls, shape: tuple[int, ...], tiles: Tiles, sms: int | None, interpret: Any
     ) -> "Geometry":
-        """That of weights [E, ..., N, K] on so many streaming multiprocessors, or the device's."""
+        """That of weights [E, ..., N, K] on so many streaming multiprocessors, or the device's.
+
+        Raises:
+            ValueError: thread blocks of a cluster would have different numbers of items.
+        """
+        outputs, width = math.prod(shape[1:-1]), tiles.outputs * tiles.cluster
+        if tiles.cluster > 1 and outputs % width:
+            raise ValueError(f"{outputs=} must be a multiple of {width} with {tiles.cluster=}")
+        clusters = (sms or count_sms()) * tiles.per_sm // tiles.cluster
         return cls(
-            outputs=math.prod(shape[1:-1]),
+            outputs=outputs,
             inputs=shape[-1],
             tiles=tiles,
-            thread_blocks=(sms or count_sms()) * tiles.per_sm,
+            thread_blocks=max(clusters, 1) * tiles.cluster,
             interpret=interpret,
         )
 
     @property
     def items(self) -> int:
-        """Of a tile of rows."""
-        return -(-self.outputs // self.tiles.outputs)
+        """Of a tile of rows, for each thread block of a cluster."""
+        return -(-self.outputs // (self.tiles.outputs * self.tiles.cluster))
+
+    @property
+    def clusters(self) -> int:
+        """Of the grid: thread blocks where these are alone."""
+        return self.thread_blocks // self.tiles.cluster
 
     @property
     def loads(self) -> int:
@@ -112,11 +129,9 @@ class Block(Kernel):
         """The kernel."""
         self.refs = refs
         self.me, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+        clusters = self.g.clusters
         self.items, self.loaded_items = (
-            lax.div(
-                count * self.g.items - self.me + (self.g.thread_blocks - 1),
-                self.g.thread_blocks,
-            )
+            lax.div(count * self.g.items - self.me + (clusters - 1), clusters)
             for count in self.counts()
         )
         pl.when(warpgroup == 2)(self._load)
@@ -137,12 +152,21 @@ class Block(Kernel):
 
     def item(self, order: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(tile, block of outputs) of this thread block's item."""
-        item = self.me + order * self.g.thread_blocks
-        return lax.div(item, self.g.items), lax.rem(item, self.g.items)
+        item, size = self.me + order * self.g.clusters, self.g.tiles.cluster
+        tile, outputs = lax.div(item, self.g.items), lax.rem(item, self.g.items)
+        return tile, outputs if size == 1 else outputs * size + lax.axis_index(CLUSTER)
 
-    def slot(self, load: jax.Array) -> jax.Array:
-        """Where a load goes."""
-        return lax.rem(load, self.g.tiles.stages)
+    def first_slot(self, order: jax.Array) -> jax.Array:
+        """Where the first load of an item is."""
+        return lax.rem(order * self.g.loads, self.g.tiles.stages)
+
+    def slot_after(self, slot: jax.Array) -> jax.Array:
+        """Where the next load is: without a division, whose result products would wait for."""
+        return jnp.where(slot == self.g.tiles.stages - 1, 0, slot + 1)
+
+    def release(self, slot: jax.Array) -> None:
+        """Says that this warpgroup is through with a slot."""
+        release(self.refs, slot, tiles=self.g.tiles, interpret=self.g.interpret)
 
     # ------------------------------------------------------------ loading
 
@@ -215,6 +239,7 @@ class Block(Kernel):
 
         lax.fori_loop(0, self.items, item, 0)
         plgpu.wait_smem_to_gmem(0)
+        leave_together(self.refs, tiles=self.g.tiles)
 
     def store(
         self,

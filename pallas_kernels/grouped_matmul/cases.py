@@ -1,6 +1,7 @@
 """Workloads of `grouped_matmul`: all loads of experts, and DeepSeek's shapes."""
 
 import dataclasses
+import functools
 import math
 from typing import Any, Literal
 
@@ -36,6 +37,7 @@ class Case(BaseCase):
         weight: how the weight is given.
         x: how the rows are given: in `dtype`, or e4m3 with a scale per 128 inputs or per row.
         packed: whether an int4 weight is packed.
+        full_range: whether an int4 weight may be -8.
     """
 
     rows: int
@@ -47,6 +49,7 @@ class Case(BaseCase):
     weight: Format = "array"
     x: Literal["array", "tile", "token"] = "array"
     packed: bool = False
+    full_range: bool = False
 
     def make(self, seed: int, poison: bool = False) -> dict[str, Any]:
         """Arguments of `grouped_matmul`. Poisoned: NaN in the rows past the groups."""
@@ -57,7 +60,7 @@ class Case(BaseCase):
             x[sizes.sum() :] = np.nan
         shape = (self.experts, *self.lead, self.k)
         w = make_weight(rng, shape, self.weight, self.dtype)
-        if isinstance(w, QTensor) and w.format == "int4":
+        if isinstance(w, QTensor) and self.full_range:
             # `quantise` makes no -8, which others do. All values alike: twice the deviation.
             values = jnp.asarray(rng.integers(0, 256, w.values.shape, np.uint8))
             w = dataclasses.replace(w, values=values, scales=w.scales / 2)
@@ -65,7 +68,7 @@ class Case(BaseCase):
             "x": self.array(x)
             if self.x == "array"
             else self._quantised(x, int(sizes.sum()), poison),
-            "w": _pack(w) if self.packed else w,
+            "w": _pack(w, full_range=self.full_range) if self.packed else w,
             "group_sizes": jnp.asarray(sizes),
         }
 
@@ -83,9 +86,10 @@ class Case(BaseCase):
             return jax.eval_shape(lambda x: quantise(x, recipe), array) if recipe else array
 
         w = tensor((self.experts, *self.lead, self.k), _WEIGHTS.get(self.weight))
+        packed = functools.partial(pack, full_range=self.full_range)
         return {
             "x": tensor((self.rows + self.padding, self.k), _ROWS.get(self.x)),
-            "w": jax.eval_shape(pack, w) if self.packed else w,
+            "w": jax.eval_shape(packed, w) if self.packed else w,
             "group_sizes": jax.ShapeDtypeStruct((self.experts,), jnp.int32),
         }
 
@@ -93,17 +97,20 @@ class Case(BaseCase):
 _ROWS = {"tile": FP8_TILE, "token": FP8_TOKEN}
 _WEIGHTS = {"e4m3": FP8_BLOCK, "int4": INT4_GROUP}
 _quantise = jax.jit(quantise, static_argnums=1)  # as a model would, and much faster to compile
-_pack = jax.jit(pack)
+_pack = jax.jit(pack, static_argnames="full_range")
 
 
-def _deepseek_v3(experts: int, tokens: int, weight: Format, *, down: bool) -> Case:
+def _deepseek_v3(
+    experts: int, tokens: int, weight: Format, *, down: bool, full_range: bool = False
+) -> Case:
     """The routed experts of DeepSeek-V3: N 4096 (gate and up), K 7168, or N 7168 (down), K 2048.
     Of 8 of them, each has `tokens` rows: a rank's share under expert parallelism. All 256 share
     8 * `tokens` rows, as drawn.
     """
     part = experts < 256
     return Case(
-        name=f"{weight} {'down' if down else 'gate/up'} {experts} experts t{tokens}",
+        name=f"{weight} {'down' if down else 'gate/up'} {experts} experts t{tokens}"
+        + (" full range" if full_range else ""),
         tags=("bench",),
         dtype="bfloat16",
         rows=8 * tokens,
@@ -114,6 +121,7 @@ def _deepseek_v3(experts: int, tokens: int, weight: Format, *, down: bool) -> Ca
         weight=weight,
         x="token" if weight == "int4" else "tile",
         packed=weight == "int4",
+        full_range=full_range,
     )
 
 
@@ -179,6 +187,7 @@ _HOPPER: dict[str, Any] = {
 }
 # For the bf16 kernel: sizes that need padding, groups that end inside a tile.
 _BF16: dict[str, Any] = {"experts": 5, "lead": (2, 80), "k": 136, "dtype": "bfloat16"}
+_INT4: dict[str, Any] = {"weight": "int4", "full_range": True}
 _PACKED: dict[str, Any] = {**_HOPPER, "weight": "int4", "packed": True, "x": "token"}
 
 CASES = (
@@ -191,8 +200,8 @@ CASES = (
     Case(name="padding", **_PADDED),
     Case(name="padding after one", load="one", **_PADDED),
     Case(name="e4m3 ragged blocks", rows=30, experts=3, lead=(200,), k=136, weight="e4m3"),
-    Case(name="int4 ragged groups", rows=30, experts=3, lead=(2, 20), k=330, weight="int4"),
-    Case(name="int4 overflow", rows=60, experts=8, lead=(20,), k=130, weight="int4", load="one"),
+    Case(name="int4 ragged groups", rows=30, experts=3, lead=(2, 20), k=330, **_INT4),
+    Case(name="int4 overflow", rows=60, experts=8, lead=(20,), k=130, load="one", **_INT4),
     Case(name="bfloat16", dtype="bfloat16", load="skewed", **_SMALL),
     Case(
         name="bfloat16 e4m3",
@@ -222,9 +231,10 @@ CASES = (
     Case(name="bf16 few", rows=29, padding=7, load="skewed", **_BF16),
     Case(name="bf16 ragged", rows=150, padding=43, load="skewed", **{**_BF16, "experts": 2}),
     Case(name="bf16 no rows", rows=40, load="none", **_BF16),
-    Case(name="packed float32", rows=9, experts=2, lead=(2, 64), k=128, weight="int4", packed=True),
+    Case(name="packed float32", rows=9, experts=2, lead=(2, 64), k=128, packed=True, **_INT4),
     Case(name="packed one row", rows=1, **{**_PACKED, "lead": (128,), "k": 384}),
     Case(name="packed few", rows=29, padding=7, load="skewed", **{**_PACKED, "lead": (2, 64)}),
+    Case(name="packed full range", rows=29, load="skewed", full_range=True, **_PACKED),
     Case(name="packed ragged", rows=150, padding=40, load="skewed", **{**_PACKED, "experts": 2}),
     Case(name="packed no rows", rows=40, load="none", **{**_PACKED, "lead": (128,)}),
     *(
@@ -238,6 +248,7 @@ CASES = (
         for tokens in all_tokens
         for down in (False, True)
     ),
+    _deepseek_v3(8, 512, "int4", down=False, full_range=True),
     *_bf16("V3", 8, "t1", **_V3),
     *_bf16("V3", 8 * 128, "t128", **_V3),
     *TRAINING,

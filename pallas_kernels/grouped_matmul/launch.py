@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.grouped_matmul.ring import CLUSTER
 from pallas_kernels.grouped_matmul.tiles import Tiles
 from pallas_kernels.hopper import compiler_params
 
@@ -44,7 +45,7 @@ def launch(
         operands: what it reads, by their names in `refs`.
         out: what it writes.
         tiles: its choices.
-        thread_blocks: of the grid.
+        thread_blocks: of the grid, a multiple of `tiles.cluster`.
         interpret: parameters of Pallas' GPU interpreter; None on a GPU.
     """
 
@@ -52,12 +53,16 @@ def launch(
         named = dict(zip((*operands, "out"), refs, strict=True))
         kernel.run(SimpleNamespace(**named, **scratch))
 
+    clusters: dict[str, Any] = {}
+    if tiles.cluster > 1:
+        clusters = {"cluster": (tiles.cluster,), "cluster_names": (CLUSTER,)}
     run = plgpu.kernel(
         body,
         out_type=out,
         scratch_types=kernel.scratch(),
-        grid=(thread_blocks,),
+        grid=(thread_blocks // tiles.cluster,),
         grid_names=("block",),
+        **clusters,
         num_threads=3,
         thread_name="warpgroup",
         kernel_name=kernel.name,

@@ -5,7 +5,8 @@ The known kernels for this are DeepGEMM's (deepseek-ai/DeepGEMM, `m_grouped_fp8_
 """
 
 import functools
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,28 @@ from pallas_kernels import hopper
 from pallas_kernels.grouped_matmul import products, rows
 from pallas_kernels.grouped_matmul.block import OUTPUTS, Block, Geometry, multiply_tiles
 from pallas_kernels.grouped_matmul.products import BLOCK
+from pallas_kernels.grouped_matmul.ring import CLUSTER
 from pallas_kernels.grouped_matmul.rows import Rows
 from pallas_kernels.grouped_matmul.tiles import Tiles, fp8_tiles
 from pallas_kernels.quant import QTensor
+
+
+IN_FLIGHT = 2
+"""Products: one is scaled and added while the other is made."""
+
+
+class _Product(NamedTuple):
+    """One that may be in flight.
+
+    Attributes:
+        values: what only `products.add_scaled` may read.
+        factors: scales of its rows, or columns.
+        emptied: the slot that nobody needs after it.
+    """
+
+    values: jax.Array
+    factors: jax.Array
+    emptied: jax.Array | None
 
 
 class Fp8Block(Block):
@@ -59,10 +79,12 @@ class Fp8Block(Block):
         matrix, first_block = self.inputs_of(expert)
         first, full = first_block + load * deep, r.full.at[slot]
         mine = pl.ds(self.first_output(outputs), self.width)
+        together = CLUSTER if self.g.tiles.cluster > 1 else None
         for i in range(deep):
             inputs = pl.ds((first + i) * BLOCK, BLOCK)
             plgpu.copy_gmem_to_smem(r.w.at[matrix, mine, inputs], r.w_ring.at[slot, i], full)
-            plgpu.copy_gmem_to_smem(r.x.at[pl.ds(row, size), inputs], r.x_ring.at[slot, i], full)
+            rows = r.x.at[pl.ds(row, size), inputs]
+            plgpu.copy_gmem_to_smem(rows, r.x_ring.at[slot, i], full, collective_axes=together)
         scales = r.x_scales.at[pl.ds(first, deep), pl.ds(row, scale_rows(self.g.tiles))]
         plgpu.copy_gmem_to_smem(scales, r.scale_ring.at[slot], full)
 
@@ -87,34 +109,42 @@ class Fp8Block(Block):
             return [r.w_scales[matrix, lax.div(mine, 128), first + i] for i in range(count)]
 
         def step(index: jax.Array, state: Any) -> Any:
-            sums, scales = state
+            sums, scales, slot = state
             later = weight_scales((index + 1) * count)  # now, because they come from memory
-            started, slots = [], []
-            for i in range(tiles.together):
-                slot = self.slot(order * g.loads + index * tiles.together + i)
-                slots.append(slot)
-                plgpu.barrier_wait(r.full.at[slot])
-                for j in range(tiles.deep):
-                    left, right = self._operands(warpgroup, slot, j)
-                    product = products.multiply(left, right, columns, g.interpret)
-                    factors = self._row_scales(warpgroup, slot, j) * scales[i * tiles.deep + j]
-                    started.append((product, factors))
-            for i, (product, factors) in enumerate(started):
-                sums = products.add_scaled(
-                    sums,
-                    product,
-                    factors,
-                    axis=axis,
-                    in_flight=count - 1 - i,
-                    interpret=g.interpret,
-                )
-                if (i + 1) % tiles.deep == 0:
-                    plgpu.barrier_arrive(r.empty.at[slots[i // tiles.deep]])
-            return sums, later
+            started: list[_Product] = []
+            for i in range(count):
+                block = i % tiles.deep
+                if block == 0:
+                    plgpu.barrier_wait(r.full.at[slot])
+                left, right = self._operands(warpgroup, slot, block)
+                product = products.multiply(left, right, columns, g.interpret)
+                factors = self._row_scales(warpgroup, slot, block) * scales[i]
+                ends = block + 1 == tiles.deep
+                started.append(_Product(product, factors, slot if ends else None))
+                if len(started) == IN_FLIGHT:
+                    sums = add(sums, started)
+                slot = self.slot_after(slot) if ends else slot
+            while started:
+                sums = add(sums, started)
+            return sums, later, slot
+
+        def add(sums: jax.Array, started: list[_Product]) -> jax.Array:
+            product = started.pop(0)
+            sums = products.add_scaled(
+                sums,
+                product.values,
+                product.factors,
+                axis=axis,
+                in_flight=len(started),
+                interpret=g.interpret,
+            )
+            if product.emptied is not None:
+                self.release(product.emptied)
+            return sums
 
         steps = jnp.where(expert >= 0, g.loads // tiles.together, 0)
-        state = products.zeros(columns, g.interpret), weight_scales(0)
-        sums, _ = lax.fori_loop(0, steps, step, state)
+        state = products.zeros(columns, g.interpret), weight_scales(0), self.first_slot(order)
+        sums, *_ = lax.fori_loop(0, steps, step, state)
         return products.as_matrix([sums], g.interpret)
 
     def _operands(self, warpgroup: jax.Array, slot: jax.Array, block: int) -> tuple[Any, Any]:
@@ -162,7 +192,8 @@ def grouped_matmul(
 
 def usual_tiles(x: QTensor, w: QTensor) -> Tiles:
     """Those of these shapes."""
-    return fp8_tiles(x.shape[0], w.shape[0], x.shape[1] // BLOCK)
+    outputs = math.prod(w.shape[1:-1])
+    return fp8_tiles(x.shape[0], w.shape[0], x.shape[1] // BLOCK, outputs)
 
 
 def prepare(x: QTensor, group_sizes: Int[Array, " E"], tiles: Tiles) -> Rows:

@@ -33,8 +33,9 @@ class W4A8Block(Block):
 
     weights_left = True
 
-    def __init__(self, g: Geometry) -> None:
+    def __init__(self, g: Geometry, full_range: bool) -> None:
         super().__init__(g)
+        self.full_range = full_range
         self.copies = g.tiles.deep + 2
         # Half of the columns are multiplied while the other half's product is added, and while
         # the next weights are made: a warpgroup keeps the tensor cores busy by itself.
@@ -90,15 +91,16 @@ class W4A8Block(Block):
         plgpu.copy_gmem_to_smem(self._row_scales_from(row), scales, have_scales)
         item = _Item(
             warpgroup=warpgroup,
-            first=order * g.loads,
             loads=jnp.where(expert >= 0, g.loads, 0),
         )
         zeros = [products.zeros(self.width, g.interpret) for _ in range(self.parts)]
-        sums, _ = lax.fori_loop(
+        slot = self.first_slot(order)
+        pl.when(item.loads > 0)(lambda: plgpu.barrier_wait(r.full.at[slot]))
+        sums, *_ = lax.fori_loop(
             0,
             lax.div(item.loads, g.tiles.together),
             functools.partial(self._step, item),
-            (zeros, self._first_weights(item, 0)),
+            (zeros, self._weights(warpgroup, slot, 0), slot),
         )
         matrix = products.as_matrix(sums, g.interpret)
         plgpu.barrier_wait(have_scales)
@@ -107,13 +109,15 @@ class W4A8Block(Block):
         return matrix * lax.broadcast_in_dim(factors, matrix.shape, [1])
 
     def _step(self, item: "_Item", index: jax.Array, state: Any) -> Any:
-        """Adds the products of `together` loads; (sums, weights of the next block)."""
+        """Adds the products of `together` loads. State: (sums, weights of the next block, its
+        slot).
+        """
         g, r, tiles = self.g, self.refs, self.g.tiles
-        sums, left = state
+        sums, left, slot = state
         started: list[_Product] = []
         for i in range(tiles.blocks):
             load, block = index * tiles.together + i // tiles.deep, i % tiles.deep
-            slot, ends = self.slot(item.first + load), block + 1 == tiles.deep
+            ends = block + 1 == tiles.deep
             mine = r.scale_ring.at[slot, item.warpgroup, block]
             factors = plgpu.load(mine, layout=hopper.ROWS, optimized=False)
             staged = r.staged_weights.at[item.warpgroup] if g.interpret else None
@@ -123,7 +127,8 @@ class W4A8Block(Block):
                 values = products.multiply_words(left, right, self.width, staged, g.interpret)
                 last = part + 1 == self.parts
                 if last and ends:
-                    held += self._first_weights(item, load + 1)
+                    later = self._await(item, load + 1, slot)
+                    held += self._weights(item.warpgroup, later, 0)
                 elif last:
                     held += self._weights(item.warpgroup, slot, block + 1)
                 emptied = slot if last and ends else None
@@ -131,9 +136,10 @@ class W4A8Block(Block):
                 if len(started) == self.parts:
                     sums = self._add(sums, started)
             left = held[2:]
+            slot = later if ends else slot
         while started:
             sums = self._add(sums, started)
-        return sums, left
+        return sums, left, slot
 
     def _add(self, sums: list[jax.Array], started: list["_Product"]) -> list[jax.Array]:
         """Adds the oldest product, and says so if it was the last of its slot."""
@@ -149,19 +155,20 @@ class W4A8Block(Block):
             interpret=self.g.interpret,
         )
         if product.emptied is not None:
-            plgpu.barrier_arrive(self.refs.empty.at[product.emptied])
+            self.release(product.emptied)
         return sums
 
-    def _first_weights(self, item: "_Item", load: Any) -> tuple[jax.Array, ...]:
-        """The first weights of a load of the item; after the last load, some that are there."""
-        slot = self.slot(item.first + load)
-        pl.when(load < item.loads)(lambda: plgpu.barrier_wait(self.refs.full.at[slot]))
-        there = jnp.minimum(load, self.g.loads - 1)
-        return self._weights(item.warpgroup, self.slot(item.first + there), 0)
+    def _await(self, item: "_Item", load: Any, slot: jax.Array) -> jax.Array:
+        """Waits for a load of the item, whose predecessor is in `slot`; its slot. After the last
+        load that of the last, where something is.
+        """
+        later = self.slot_after(slot)
+        pl.when(load < item.loads)(lambda: plgpu.barrier_wait(self.refs.full.at[later]))
+        return jnp.where(load < item.loads, later, slot)
 
     def _weights(self, warpgroup: jax.Array, slot: jax.Array, block: int) -> tuple[jax.Array, ...]:
         words = self.refs.w_ring.at[slot, warpgroup, block]
-        return as_e4m3(plgpu.load(words, layout=products.WORDS))
+        return as_e4m3(plgpu.load(words, layout=products.WORDS), self.full_range)
 
     def _row_scales_from(self, row: jax.Array) -> Any:
         return self.refs.x_scales.at[pl.ds(row, scale_rows(self.g.tiles))]
@@ -173,12 +180,10 @@ class _Item:
 
     Attributes:
         warpgroup: 0 or 1.
-        first: its first load, of all that this thread block makes.
         loads: 0 where there is no expert.
     """
 
     warpgroup: jax.Array
-    first: jax.Array
     loads: jax.Array
 
 
@@ -249,12 +254,14 @@ def multiply(
     experts, *lead, _ = w.shape
     g = Geometry.of(w.shape, tiles, sms, interpret)
     words, scales = (a.reshape(experts, -1, *a.shape[len(lead) + 1 :]) for a in (w.words, w.scales))
-    return _run(x, words, scales, g).reshape(-1, *lead)
+    return _run(x, words, scales, g, w.full_range).reshape(-1, *lead)
 
 
 # A jit of its own, so that all layers of an unrolled model call one function: otherwise the kernel
 # is compiled for each of them.
-@functools.partial(jax.jit, static_argnums=3)
-def _run(x: Rows, w: jax.Array, w_scales: jax.Array, g: Geometry) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _run(
+    x: Rows, w: jax.Array, w_scales: jax.Array, g: Geometry, full_range: bool
+) -> jax.Array:
     operands = {"x": x.values, "x_scales": x.scales[0], "w": w, "w_scales": w_scales}
-    return multiply_tiles(W4A8Block(g), operands, x.work)
+    return multiply_tiles(W4A8Block(g, full_range), operands, x.work)

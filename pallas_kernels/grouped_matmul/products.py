@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import fragmented_array as fragments
-from jax.experimental.mosaic.gpu import mma_utils
+from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
@@ -166,6 +166,18 @@ def as_matrix(parts: Sequence[jax.Array], interpret: Any) -> jax.Array:
     return convert(*parts)
 
 
+def wait_for_warps(interpret: Any) -> None:
+    """All four warps of the warpgroup have come here."""
+    if interpret:
+        return  # warps are no threads of the interpreter
+
+    @inlined()
+    def wait(_: Any) -> None:
+        utils.warpgroup_barrier()
+
+    wait()
+
+
 def order_before_copies(interpret: Any) -> None:
     """Orders what other threads have read before a copy that overwrites it: copies go another way
     to shared memory than registers do.
@@ -229,10 +241,14 @@ def _advanced(code: list[str], name: str, first: str) -> list[str]:
 
 
 def descriptor(operand: Any) -> Any:
-    """What tells `wgmma` where [rows, 128] bytes are: eight rows are 1024 bytes."""
-    return mma_utils.encode_descriptor(
-        operand, leading_byte_offset=0, stride_byte_offset=8 * BLOCK, swizzle=BLOCK
-    )
+    """What tells `wgmma` where [rows, 128] bytes are: from the low bits on the address in 16 bytes,
+    at bit 32 the distance of eight rows likewise, at bit 62 the swizzle of 128 bytes.
+    """
+    i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
+    # 32 bits of address, fewer than the usual way takes: products wait for this arithmetic.
+    address = llvm.ptrtoint(i32, utils.memref_ptr(operand))
+    low = llvm.zext(i64, llvm.lshr(address, utils.c(4, i32)))
+    return llvm.or_(low, utils.c(8 * BLOCK // 16 << 32 | 1 << 62, i64))
 
 
 def _sums(columns: int) -> Any:

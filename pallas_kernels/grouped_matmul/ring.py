@@ -3,12 +3,13 @@
 Shared memory is a ring of stages, each with two barriers in `refs`:
 
     full    the copies of a load have arrived
-    empty   both warpgroups that multiply are through with it
+    empty   both warpgroups that multiply are through with it, in all thread blocks of a cluster
 
 Loads are counted from 0 on for all items of a thread block; load n goes to stage n modulo their
 number.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -19,16 +20,37 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
-from pallas_kernels.grouped_matmul.products import order_before_copies
+from pallas_kernels.grouped_matmul.products import order_before_copies, wait_for_warps
 from pallas_kernels.grouped_matmul.tiles import Tiles
+
+
+CLUSTER = "cluster"
+"""Axis of the thread blocks of a cluster."""
 
 
 def barriers(tiles: Tiles, *, copies: int) -> dict[str, Any]:
     """Scratch; `copies` is how many a load consists of."""
-    return {
-        "full": plgpu.Barrier(num_barriers=tiles.stages, num_arrivals=copies),
-        "empty": plgpu.Barrier(num_barriers=tiles.stages, num_arrivals=2),
-    }
+    full = plgpu.Barrier(num_barriers=tiles.stages, num_arrivals=copies)
+    if tiles.cluster == 1:
+        return {"full": full, "empty": plgpu.Barrier(num_barriers=tiles.stages, num_arrivals=2)}
+    shared = functools.partial(plgpu.ClusterBarrier, collective_axes=(CLUSTER,), num_arrivals=2)
+    return {"full": full, "empty": shared(num_barriers=tiles.stages), "done": shared()}
+
+
+def release(refs: SimpleNamespace, slot: Any, *, tiles: Tiles, interpret: Any) -> None:
+    """Says that this warpgroup is through with a slot."""
+    if tiles.cluster > 1:
+        wait_for_warps(interpret)  # one thread speaks for all
+    plgpu.barrier_arrive(refs.empty.at[slot])
+
+
+def leave_together(refs: SimpleNamespace, *, tiles: Tiles) -> None:
+    """What warpgroups that multiply do last: shared memory lives until others in the cluster have
+    arrived at its barriers and copied into it.
+    """
+    if tiles.cluster > 1:
+        plgpu.barrier_arrive(refs.done)
+        plgpu.barrier_wait(refs.done)
 
 
 def load_in_one_warp(load: Callable[[], None], *, tiles: Tiles, interpret: Any) -> None:

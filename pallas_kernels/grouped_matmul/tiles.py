@@ -12,10 +12,13 @@ class Tiles:
         outputs: of an item; of `weight_gradient`, inputs. Other than 128 only with 128 rows, 64
             only in `matmul`.
         deep: blocks of 128 inputs, of bf16 64, that are loaded at once.
-        together: such loads that are multiplied at once, or in one turn of a loop.
+        together: such loads that are multiplied in one turn of a loop, which ends without a product
+            in flight.
         stages: such loads that fit in shared memory.
         staged: pieces of 64 outputs that a warpgroup stores at once; with 128 rows only.
         per_sm: thread blocks of a streaming multiprocessor.
+        cluster: thread blocks that take outputs next to each other, of the same tile of rows, at the
+            same time: each copies a part of the rows for all. Only fp8 weights with 128 rows.
         registers: per thread, of the warpgroup that loads and of the two that multiply; None
             leaves all with the same number.
         auto_barriers: let the compiler put a barrier around each access to shared memory.
@@ -28,6 +31,7 @@ class Tiles:
     stages: int = 5
     staged: int = 2
     per_sm: int = 1
+    cluster: int = 1
     registers: tuple[int, int] | None = None
     auto_barriers: bool = True
 
@@ -38,8 +42,10 @@ class Tiles:
             raise ValueError(
                 f"{self.outputs=} must be 128, or 64, 192 or 256 with 128 rows, not {self.rows}"
             )
-        if self.together > self.stages:
-            raise ValueError(f"{self.together=} must be at most {self.stages=}")
+        if self.cluster > 1 and self.rows != 128:
+            raise ValueError(f"{self.cluster=} must be 1 with {self.rows=}")
+        if self.stages < min(2, self.together):
+            raise ValueError(f"{self.stages=} must be at least 2 with {self.together=}")
         if self.registers and (any(n % 8 for n in self.registers) or self._all_registers > 504):
             raise ValueError(
                 f"{self.registers=} must be multiples of 8, and loading + 2 * multiplying at most "
@@ -57,13 +63,14 @@ class Tiles:
         return self.deep * self.together
 
 
-def fp8_tiles(rows: int, experts: int, blocks: int) -> Tiles:
+def fp8_tiles(rows: int, experts: int, blocks: int, outputs: int) -> Tiles:
     """The fastest known choice for fp8 weights.
 
     Args:
         rows: M.
         experts: E.
         blocks: blocks of 128 inputs, K / 128.
+        outputs: N.
     """
     mean = rows / experts
     deep = 2 if blocks % 2 == 0 else 1
@@ -71,9 +78,14 @@ def fp8_tiles(rows: int, experts: int, blocks: int) -> Tiles:
         return Tiles(rows=_few(mean), deep=deep, stages=6)
     if mean <= 32:
         return Tiles(rows=32, deep=deep)
-    # Two products at once hide the additions, but lengthen the beginning and the end of a tile.
-    together = 2 if mean > 128 and blocks >= 32 and blocks % 2 == 0 else 1
-    return Tiles(rows=128, together=together, registers=(40, 232))
+    # Alone, thread blocks ask the L2 cache for more than it has to give: 32 KiB for 4.2 MFLOP.
+    cluster = 2 if outputs % 256 == 0 else 1
+    return Tiles(rows=128, together=_turn(blocks), registers=(40, 232), cluster=cluster)
+
+
+def _turn(blocks: int) -> int:
+    """Blocks of a turn: a product is added while the next is made, but for the last of each."""
+    return next(count for count in (4, 2, 1) if blocks % count == 0)
 
 
 def _few(mean: float) -> int:
@@ -84,13 +96,17 @@ def _few(mean: float) -> int:
 
 
 def w4a8_tiles(rows: int, experts: int, blocks: int) -> Tiles:
-    """The fastest known choice for int4 weights; arguments as for `fp8_tiles`."""
+    """The fastest known choice for int4 weights; the other arguments as for `fp8_tiles`."""
     mean = rows / experts
-    # Two blocks in turn: weights of one are made while those of the other are in use.
-    two = 2 if blocks % 2 == 0 else 1
     if mean <= 32:
-        return Tiles(rows=_few(mean) if mean <= 8 else 32, deep=two, stages=7)
-    return Tiles(rows=64 if mean <= 64 else 128, together=two, stages=7, registers=(24, 240))
+        deep = 2 if blocks % 2 == 0 else 1
+        return Tiles(rows=_few(mean) if mean <= 8 else 32, deep=deep, stages=7)
+    return Tiles(
+        rows=64 if mean <= 64 else 128,
+        together=_turn(blocks),
+        stages=7,
+        registers=(24, 240),
+    )
 
 
 def bf16_tiles(rows: int, experts: int, outputs: int) -> Tiles:

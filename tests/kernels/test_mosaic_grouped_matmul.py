@@ -100,13 +100,13 @@ def test_suite_sees(bug, monkeypatch):
         check(has(monkeypatch, mosaic_sm90_fp8, *BUGS[bug], tiles=FEW, sms=1), SMALL)
 
 
-def _unsigned(words):
-    first, second = packed_int4.as_e4m3(words)
+def _unsigned(words, full_range):
+    first, second = packed_int4.as_e4m3(words, full_range)
     return first & 0x7F7F7F7F, second
 
 
-def _halves_swapped(words):
-    return packed_int4.as_e4m3(words)[::-1]
+def _halves_swapped(words, full_range):
+    return packed_int4.as_e4m3(words, full_range)[::-1]
 
 
 PACKED_BUGS = {
@@ -184,6 +184,22 @@ def test_nobody_reads_the_weights_of_idle_experts(case):
 )
 def test_tiles_do_not_change_results(tiles):
     check(interpreted(tiles=tiles), SMALL)
+
+
+@on_cpu
+@pytest.mark.devices(8)  # six warpgroups at the same time
+@pytest.mark.parametrize("case", ["wide", pytest.param("wide one row", marks=full)])
+def test_clusters_do_not_change_results(case):
+    rows = {"wide": 150, "wide one row": 1}[case]
+    wide = dataclasses.replace(SMALL, name=case, rows=rows, lead=(2, 256))
+    check(interpreted(tiles=Tiles(rows=128, together=2, stages=2, cluster=2), sms=5), wide)
+
+
+def test_a_cluster_needs_outputs_for_all():
+    args = SMALL.abstract()
+    op = functools.partial(mosaic_sm90_fp8.grouped_matmul, tiles=Tiles(rows=128, cluster=2), sms=2)
+    with pytest.raises(ValueError, match=r"outputs=128 must be a multiple of 256.*cluster=2"):
+        jax.eval_shape(op, **args)
 
 
 @on_cpu
@@ -273,7 +289,8 @@ def test_each_format_has_its_kernel():
     ("sizes", "message"),
     [
         ({"rows": 48}, "self.rows=48 must be 8, 16, 32, 64 or 128"),
-        ({"rows": 8, "together": 3, "stages": 2}, "self.together=3 must be at most self.stages=2"),
+        ({"rows": 8, "together": 3, "stages": 1}, "self.stages=1 must be at least 2 with self.t"),
+        ({"rows": 64, "cluster": 2}, "self.cluster=2 must be 1 with self.rows=64"),
         ({"rows": 8, "registers": (40, 240)}, r"\(40, 240\) must be.*at most 504"),
         ({"rows": 8, "registers": (44, 160)}, "multiples of 8"),
     ],
@@ -283,10 +300,10 @@ def test_tiles_are_checked(sizes, message):
         Tiles(**sizes)
 
 
-@pytest.mark.parametrize("choose_tiles", [fp8_tiles, w4a8_tiles])
+@pytest.mark.parametrize("choose_tiles", [fp8_tiles, lambda *sizes: w4a8_tiles(*sizes[:3])])
 @pytest.mark.parametrize(("mean", "rows"), [(0.3, 8), (2, 8), (4, 16), (8, 16), (16, 32), (32, 32)])
 def test_most_experts_fit_in_a_tile_wherever_they_begin(choose_tiles, mean, rows):
-    assert choose_tiles(round(mean * 256), 256, 56).rows == rows
+    assert choose_tiles(round(mean * 256), 256, 56, 4096).rows == rows
 
 
 # ------------------------------------------------------------------ lowering for CUDA

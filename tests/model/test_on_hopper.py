@@ -17,12 +17,13 @@ from dskjax.config import MtpConfig
 from dskjax.decode.ranks import Ranks
 from dskjax.expert_parallel.place import place
 from dskjax.expert_parallel.rebalance import Rebalancer
-from dskjax.hopper import pack_experts
+from dskjax.hopper import pack_experts, packed_shapes
 from dskjax.layers import mla, mlp
 from dskjax.params import is_weight, unstack
 from dskjax.quantise import quantise
 from pallas_kernels import QTensor, act_quant, dequantise, matmul
 from pallas_kernels.grouped_matmul import PackedInt4
+from pallas_kernels.grouped_matmul.packed_int4 import unpack
 from pallas_kernels.testing import assert_close
 from tests.tolerances import HOPPER_STEP
 
@@ -133,6 +134,24 @@ def test_packed_experts_are_the_same_experts():
     np.testing.assert_array_equal(run(packed, tokens), run(params, tokens))
 
 
+def with_lowest(w):
+    """The weights of other quantizers: some are -8."""
+    if not isinstance(w, QTensor) or w.format != "int4":
+        return w
+    return dataclasses.replace(w, values=w.values.at[..., 0].set(0x88))
+
+
+def test_the_lowest_weights_are_kept():
+    cfg = small(256, 128)
+    params = drawn(cfg, "w4afp8")
+    lowest = jax.tree.map(with_lowest, params, is_leaf=is_weight)
+    for given, full_range in ((params, False), (lowest, True)):
+        packed = pack_experts(given)["moe_layers"]["mlp"]["experts"]["down_proj"]
+        assert packed.full_range == full_range
+        want = given["moe_layers"]["mlp"]["experts"]["down_proj"]
+        np.testing.assert_array_equal(unpack(packed).values, want.values)
+
+
 @pytest.mark.devices(8)
 @pytest.mark.parametrize("unroll", [False, True])
 def test_devices_pack_the_experts_they_have(unroll):
@@ -143,7 +162,7 @@ def test_devices_pack_the_experts_they_have(unroll):
     ranks = Ranks(mesh.preset("decode", mesh.make_mesh(dp=2, ep=4)))
     shardings = functools.partial(ranks.weights, cfg=cfg)
     got = pack_experts(jax.device_put(params, shardings(params)), shardings)
-    jax.tree.map(np.testing.assert_array_equal, got, want)
+    jax.tree.map(np.testing.assert_array_equal, got, want)  # and the same tree
     words = [x for x in jax.tree.leaves(got) if x.dtype == jnp.int32 and x.ndim >= 5]
     assert words
     for x in words:
@@ -173,7 +192,7 @@ def test_packed_experts_move_between_devices():
 @pytest.mark.devices(4)
 def test_parts_of_packed_weights_are_whole_tiles():
     params = drawn(small(256, 128), "w4afp8")
-    packed = jax.eval_shape(pack_experts, params)["moe_layers"]["mlp"]["experts"]["down_proj"]
+    packed = packed_shapes(params)["moe_layers"]["mlp"]["experts"]["down_proj"]
     where = mesh.preset("prefill", mesh.make_mesh(tp=4, devices=jax.devices()[:4]))
     with pytest.raises(ValueError, match=r"tp=4 .*'mlp' axis .*128, into parts of 32.*one of 1$"):
         where.packed(("layers", "experts", "embed", "mlp"), packed, "down_proj")

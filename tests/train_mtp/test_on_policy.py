@@ -1,5 +1,6 @@
 """Answers of the trunk itself: records that training reads back, and files that go on."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -7,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from dskjax.checkpoint import load
-from dskjax.decode import SamplingParams, generate
+from dskjax.decode import Generation, SamplingParams, generate
 from dskjax.document_tokens import tokenise
 from dskjax.documents import iter_documents
 from dskjax.tokenizer import END_THINK, Tokenizer
 from train_mtp import on_policy
+from train_mtp.data import PackedDataset, build_store
 from train_mtp.on_policy import read_prompts, write_answers
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny-deepseek"
@@ -47,7 +49,7 @@ def prompts(tmp_path_factory):
 
 def write(model, prompts, out, **changes):
     params, cfg, tokenizer = model
-    given = {"batch": 2, "max_tokens": TOKENS, "temperature": 0.7, "seed": 5}
+    given = {"batch": 3, "max_tokens": TOKENS, "temperature": 0.7, "seed": 5}
     source = read_prompts([prompts], tokenizer, prefix=8)
     return write_answers(params, cfg, tokenizer, source, out, **{**given, **changes})
 
@@ -70,6 +72,69 @@ def test_prompts_end_where_the_model_is_to_go_on(model, prompts):
     assert found[1].source.endswith("a.jsonl:2")
     plain = next(read_prompts([prompts], tokenizer, prefix=8, thinking=False))
     assert not plain.thinking and END_THINK in tokenizer.decode(plain.ids)
+
+
+def test_prompts_of_a_text_are_spread_over_it(model, tmp_path):
+    lines = [f"value_{n} = function_{n}({n}, {n + 1})\n" for n in range(40)]
+    (tmp_path / "a.txt").write_text("".join(lines) + "\x1e\n" + "x = 1\n" * 3)
+    found = list(read_prompts([tmp_path], model[2], prefix=12, per_text=4))
+    texts = [model[2].decode(prompt.ids[1:]) for prompt in found]
+    assert all(len(p.ids) == 12 and p.ids[0] == model[2].bos_id for p in found)
+    starts = [next(n for n, line in enumerate(lines) if line.startswith(t[:12])) for t in texts[:4]]
+    assert starts[0] == 0 and all(8 < b - a < 13 for a, b in itertools.pairwise(starts))
+    assert len(found) == 5 and texts[4].startswith("x = 1\n")  # later lines leave no room
+
+
+def test_a_prompt_is_that_of_the_whole_text(model, tmp_path):
+    """However few characters its tokens have, or many."""
+    tokenizer = model[2]
+    for text in ("import os\n" * 500, " " * 3000 + "x = 1\n" * 50, "\U0001f600" * 300):
+        (tmp_path / "a.txt").write_text(text)
+        [prompt] = read_prompts([tmp_path], tokenizer, prefix=20)
+        whole = tokenizer.encode(text, bos=True, parse_special=False)
+        assert prompt.ids == whole[: len(prompt.ids)] and len(prompt.ids) > 16
+
+
+def test_a_prompt_does_not_end_inside_a_character(model, tmp_path):
+    text = "été: \U0001f600\U0001f601 – 漢字" * 20
+    (tmp_path / "a.txt").write_text(text)
+    for prefix in range(2, 40):
+        [prompt] = read_prompts([tmp_path], model[2], prefix=prefix)
+        assert text.startswith(model[2].decode(prompt.ids[1:]))
+        assert prefix - 4 < len(prompt.ids) <= prefix
+
+
+def test_every_batch_has_the_same_shape(model, prompts, tmp_path, monkeypatch):
+    """Another one would be compiled for."""
+    rows = []
+
+    def fake(params, cfg, ids, *, max_tokens, sampling, **options):
+        rows.append((len(ids), sampling.seed.tolist()))
+        return Generation([[7, n] for n in range(len(ids))], [], [], 0, 0.0, 0.0)
+
+    monkeypatch.setattr(on_policy, "generate", fake)
+    out = tmp_path / "out.jsonl"
+    assert write(model, prompts, out, on_batch=lambda *so_far: rows.append(so_far)) == 4
+    assert rows == [(3, [5, 6, 7]), (3, 6), (3, [8, 8, 8]), (4, 8)]
+    assert len(out.read_text().splitlines()) == 4
+
+
+def test_training_learns_what_the_trunk_wrote(model, answers, tmp_path):
+    """Of each record all tokens but the prompt's are scored, wherever rows cut it."""
+    tokenizer = model[2]
+    store = build_store([answers], tokenizer, tmp_path, progress=False)
+    rows = -(-store.n_tokens // 16)
+    data = PackedDataset(store, seq_len=16, batch_size=rows, shuffle=False, answers_only=True)
+    batch = data.batch(0)
+    assert batch.scored is not None
+    scored = batch.tokens[batch.scored == 1].tolist()
+    said = []
+    for row in map(json.loads, answers.read_text().splitlines()):
+        last = row["messages"][-1] if "messages" in row else {}
+        thought = last.get("reasoning_content")
+        said.append(row.get("completion") or f"{thought}{END_THINK}{last['content']}")
+    end = tokenizer.decode([tokenizer.eos_ids[0]])
+    assert tokenizer.decode(scored) == "".join(text + end for text in said)
 
 
 def test_records_are_what_the_model_says_and_training_reads_them_back(model, prompts, answers):
@@ -135,6 +200,11 @@ def test_command_writes_and_says_how_many(dskjax, model, prompts, tmp_path, monk
 
     monkeypatch.setattr(on_policy, "write_answers", fake)
     files = ("--prompts", tmp_path / "b.txt", "--out", tmp_path / "o.jsonl")
-    code, _, err = dskjax("train-mtp", "generate-data", MODEL, *files, "--prefix", 5, "--batch", 3)
+    asked = ("train-mtp", "generate-data", MODEL, *files, "--prefix", 5, "--batch", 3)
+    code, _, err = dskjax(*asked, "--per-text", 2)
     assert code == 0 and "1 records in" in err
-    assert seen["batch"] == 3 and [len(ids) for ids in seen["prompts"]] == [5]
+    assert seen["batch"] == 3 and [len(ids) for ids in seen["prompts"]] == [5, 5]
+    first, second = seen["prompts"]
+    assert first != second
+    assert dskjax(*asked, "--per-text", 2, "--limit", 1)[0] == 0
+    assert seen["prompts"] == [first]

@@ -17,7 +17,7 @@ from train_mtp.heads.config import HeadsConfig
 from train_mtp.heads.run import recipe_of, train_heads
 from train_mtp.metrics import METRICS, read_metrics, without_clock
 from train_mtp.state import TrainState
-from train_mtp.study import evaluate
+from train_mtp.study import evaluate, run
 from train_mtp.study.evaluate import Evaluation
 from train_mtp.study.page import render
 from train_mtp.study.run import run_study
@@ -31,11 +31,13 @@ CHAIN = {
     **{"name": "chain 2", "layers": 2, "weights": "independent", "lk": 0.5, "lr": 2e-2},
     **{"init": "random", "seeds": [1]},  # weights that depend on the seed
 }
+OWN = {**SHARED, "name": "own text", "data": "own"}
 TABLE = {
     "baseline": "shipped",
     "variants": [
         {"name": "shipped", "trained": False},
         {**SHARED, "seeds": [0, 1]},
+        OWN,
         CHAIN,
         {"name": "lost", "layers": 1, "weights": "shared", "lr": 1e18},
     ],
@@ -55,6 +57,11 @@ def folder(tmp_path_factory):
     lines = toy.write_trunk(folder)
     (folder / "code.txt").write_text("\x1e\n".join(reversed(lines)) + "\x1e\n")
     (folder / "prose.txt").write_text("Été, ça va, et toi, comment vas-tu ?\x1e\n")
+    (folder / "own").mkdir()
+    for name, part in (("a.jsonl", lines[:2]), ("b.jsonl", lines[2:30])):
+        records = [{"prompt": line[:9], "completion": line[9:] * 3} for line in part]
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        (folder / "own" / name).write_text(text)
     return folder
 
 
@@ -93,8 +100,14 @@ def evaluation(folder: Path, **changes) -> Evaluation:
 @pytest.fixture(scope="module")
 def studied(folder):
     (folder / "table.json").write_text(json.dumps(TABLE))
-    given = config(folder, "study")
-    path = run_study(given, folder / "table.json", evaluation(folder), keep=True, command="this")
+    path = run_study(
+        config(folder, "study"),
+        folder / "table.json",
+        evaluation(folder),
+        sets={"own": [folder / "own"]},
+        keep=True,
+        command="this",
+    )
     return json.loads(path.read_text())
 
 
@@ -105,10 +118,12 @@ def heads_of(model: Path) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize(
     ("row", "slug", "seed"),
-    [(SHARED, "shared-2-seed0", 0), (SHARED, "shared-2-seed1", 1), (CHAIN, "chain-2-seed1", 1)],
+    [(OWN, "own-text-seed0", 0), (SHARED, "shared-2-seed1", 1), (CHAIN, "chain-2-seed1", 1)],
 )
 def test_heads_learn_together_what_a_run_of_their_own_teaches(row, slug, seed, studied, folder):
     options = {name: value for name, value in row.items() if name not in ("name", "seeds")}
+    if options.pop("data", None):
+        options["data"] = [folder / "own"]
     alone = config(folder, f"alone-{slug}", seed=seed, **options)
     expected = heads_of(train_heads(alone))
     found = heads_of(folder / "study" / slug / "model")
@@ -124,12 +139,12 @@ def test_heads_learn_together_what_a_run_of_their_own_teaches(row, slug, seed, s
 
 def test_result_has_a_row_for_each_variant_and_seed(studied):
     rows = {(row["variant"], row["seed"]): row for row in studied["rows"]}
-    names = [("shipped", 0), ("shared 2", 0), ("shared 2", 1), ("chain 2", 1), ("lost", 0)]
-    assert set(rows) == set(names)
+    names = [("shipped", 0), ("shared 2", 0), ("shared 2", 1), ("own text", 0), ("chain 2", 1)]
+    assert set(rows) == {*names, ("lost", 0)}
     assert studied["baseline"] == "shipped" and studied["command"] == "this"
     assert studied["evaluation"]["prompts"] == {"code": 3, "prose": 3}
     assert len(studied["trunk"]["sha256"]) == 64 and studied["versions"]["jax"] == jax.__version__
-    for name in names[:-1]:
+    for name in names:
         settings = [(a["drafts"], a["temperature"]) for a in rows[name]["acceptance"]]
         assert settings == [(2, 0.0), (2, 1.0)], name
     assert rows[("shipped", 0)]["steps"] == 0 and rows[("shared 2", 0)]["tokens"] == STEPS * 64
@@ -141,6 +156,42 @@ def test_result_has_a_row_for_each_variant_and_seed(studied):
         accepted, drafted = (sum(sum(k[name]) for k in kinds) for name in ("accepted", "drafted"))
         assert record["accepted_per_drafted"] == accepted / drafted
         assert sum(kind["prompts"] for kind in kinds) == 6
+
+
+def test_result_says_which_data_each_variant_learnt_from(studied, folder):
+    data = {(row["variant"], row["data"]) for row in studied["rows"] if row["trained"]}
+    assert data == {(name, "corpus") for name in ("shared 2", "chain 2", "lost")} | {
+        ("own text", "own")
+    }
+    corpus, own = (studied["data_sets"][name] for name in ("corpus", "own"))
+    assert corpus["files"] == ["train.txt"] and corpus["scored"] == corpus["tokens"] > 1000
+    assert own["files"] == ["a.jsonl", "b.jsonl"] and own["documents"] == 30
+    tokenizer = Tokenizer.load(TOKENIZER)
+    texts = list(iter_documents([folder / "own"]))
+    assert own["scored"] == sum(1 + len(tokenizer.encode(d.text[d.prompt :])) for d in texts)
+    prompts = sum(1 + len(tokenizer.encode(d.text[: d.prompt])) for d in texts)
+    assert own["tokens"] == own["scored"] + prompts
+
+
+def test_variants_that_differ_in_their_data_are_compared(studied, folder):
+    text = render([folder / "study" / "study.json"], folder / "report.md")
+    assert "*own text* against *shared 2* (the data alone), accepted / drafted: " in text
+    assert f"| own | a.jsonl, b.jsonl | 30 | {studied['data_sets']['own']['tokens']:,} |" in text
+
+
+def test_groups_are_those_of_a_seed_and_a_data_set(folder):
+    """Seed after seed, so that what is left out for lack of time is a further seed."""
+    table = of({**SHARED, "seeds": [0, 1]}, {**OWN, "seeds": [0, 1]}, {**CHAIN, "seeds": [2, 0]})
+    (folder / "groups.json").write_text(json.dumps(table))
+    found = read_table(folder / "groups.json", config(folder, "x"), {"own": [folder / "own"]})
+    slugs = [[variant.slug for variant in group] for group in found.groups()]
+    assert slugs == [
+        ["shared-2-seed0", "chain-2-seed0"],
+        ["own-text-seed0"],
+        ["shared-2-seed1"],
+        ["own-text-seed1"],
+        ["chain-2-seed2"],
+    ]
 
 
 def test_variant_is_measured_at_the_drafts_it_can_serve(folder, monkeypatch):
@@ -232,6 +283,9 @@ def of(*rows: dict, baseline: str = "shared 2") -> dict:
         (of({**SHARED, "layers": "two"}), r"\('shared 2'\): layers='two' must be of type int"),
         (of({**SHARED, "seeds": [1, 1]}), r"seeds=\[1, 1\] must list different"),
         (of({**SHARED, "trained": 0}), "trained=0 must be true or false"),
+        (of({**SHARED, "data": "own"}), r"data='own' is none of the data sets: corpus"),
+        (of({**SHARED, "data": ["own"]}), r"data=\['own'\] is none of the data sets"),
+        (of(SHARED, {"name": "raw", "trained": False, "data": "corpus"}), r"without \['data'\]"),
         (of(SHARED, {**SHARED, "name": "Shared-2"}), "share the folder 'shared-2-seed0'"),
         (of({**SHARED, "trained": False}), r"shipped module, without \['ce', 'kl', 'layers'"),
     ],
@@ -242,6 +296,50 @@ def test_table_that_makes_no_sense_is_refused(table, message, folder):
     with pytest.raises(ValueError, match=message) as caught:
         read_table(path, config(folder, "x"))
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("rows", "sets", "message"),
+    [
+        ([SHARED], {"own": ["own"]}, r"two\.json: no variant learns from the data set 'own'"),
+        ([OWN], {"own": ["own"]}, r"two\.json: no variant learns from the data set 'corpus'"),
+        ([SHARED, OWN], {"own": []}, "data set 'own' is empty"),
+        ([SHARED, OWN], {"own": ["nothing"]}, "no such file or folder"),
+        ([SHARED], {"corpus": ["own"]}, "no further data set can be called 'corpus'"),
+    ],
+)
+def test_data_sets_that_make_no_sense_are_refused(rows, sets, message, folder):
+    (folder / "two.json").write_text(json.dumps(of(*rows, baseline=rows[0]["name"])))
+    paths = {name: [folder / part for part in parts] for name, parts in sets.items()}
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run_study(config(folder, "x"), folder / "two.json", evaluation(folder), sets=paths)
+
+
+def test_data_sets_of_the_command_are_named(dskjax, folder, monkeypatch):
+    seen = {}
+
+    def fake(given, table, evaluation, *, sets, keep):
+        seen.update(sets=sets, data=given.data)
+        return Path("study.json")
+
+    monkeypatch.setattr(run, "run_study", fake)
+    table = ("--table", folder / "table.json", "--eval-data", folder / "code.txt")
+    asked = (
+        "train-mtp",
+        "study",
+        folder / "trunk",
+        *table,
+        "--out",
+        folder / "x",
+        "--data",
+        "t.txt",
+    )
+    code, _, err = dskjax(*asked, "--data-set", "a=b.txt", "--data-set", "a=c=d.txt")
+    assert code == 0, err
+    assert seen == {"sets": {"a": [Path("b.txt"), Path("c=d.txt")]}, "data": [Path("t.txt")]}
+    for broken in ("b.txt", "=b.txt", "a="):
+        code, _, err = dskjax(*asked, "--data-set", broken)
+        assert code == 2 and f"--data-set {broken}: expected NAME=PATH" in err
 
 
 def test_variant_that_can_draft_nothing_of_what_is_asked_is_refused(folder):

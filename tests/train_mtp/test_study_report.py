@@ -212,6 +212,59 @@ def test_rivals_differ_in_the_named_fields_alone(study):
     assert Study([same]).rivals(("weights",)) == [["one", "chain"]]
 
 
+OWN = {"layers": 2, "data": "own"}
+SETS = {
+    "corpus": {"files": ["a.txt", "b.txt"], "documents": 12, "tokens": 3456, "scored": 3456},
+    "own": {"files": ["c.jsonl"], "documents": 34, "tokens": 5678, "scored": 1234},
+}
+
+
+@pytest.fixture(scope="module")
+def two_sets() -> Study:
+    """Variants of two data sets; what learnt from the other one comes first in the result."""
+    rows = [row("own", more=3, **OWN), row("own lk", more=-1, lk=1.0, **OWN), row("one")]
+    rows += [row("two", more=1, layers=2), row("two lk", more=1, layers=2, lk=1.0)]
+    return Study([of(*rows, data_sets=SETS)])
+
+
+def test_data_are_compared_between_variants_alike_in_all_else(two_sets):
+    assert two_sets.names == ["one", "two", "two lk", "own", "own lk"]
+    assert two_sets.learnt == ["corpus", "own"]
+    assert two_sets.rivals(("data",)) == [["two", "own"], ["two lk", "own lk"]]
+    assert two_sets.rivals(OBJECTIVE) == [["two", "two lk"], ["own", "own lk"]]
+    [first, second] = [line for line in sentences(two_sets) if "(the data alone)" in line]
+    # 42 of 100 are accepted of the baseline, 5 more for each one more a prompt.
+    assert first.startswith("*own* against *two* (the data alone), accepted / drafted: +21.3% (")
+    assert second.startswith(
+        "*own lk* against *two lk* (the data alone), accepted / drafted: -21.3"
+    )
+
+
+def test_published_gains_are_held_against_the_nearest_of_each_data_set(two_sets):
+    [shared, *_] = PUBLISHED
+    assert shared.variants(two_sets) == ["two", "own"]
+    said = [line for line in sentences(two_sets) if "+7.4% published" in line and "T = 0" in line]
+    assert [re.findall(r"by \*(\w+)\*", line) for line in said] == [["two"], ["own"]]
+
+
+def test_page_says_which_data_were_learnt_from(two_sets):
+    text = page(two_sets, PLOTS, "x", "")
+    for said in (
+        "on the same batches of a seed and data set. What",
+        "| own | c.jsonl | 34 | 5,678 | 1,234 |",
+        "| own | shared | 2 | 0.1 CE + 0.9 KL | own | 0 | 1,234 | 7 | 448 |",
+        "| two | corpus |  |  |",
+        "| own | own | +10.00 (+10.00 to +10.00) | +0.00 (+0.00 to +0.00) |",
+    ):
+        assert said in text, said
+
+
+def test_page_of_one_data_set_does_not_speak_of_data(study):
+    text = page(study, PLOTS, "x", "")
+    assert "batches of a seed. What" in text
+    assert "## Data" not in text and "the data" not in text and "| data |" not in text
+
+
 def test_page_says_what_was_done(study):
     text = page(study, PLOTS, "dskjax train-mtp study-report R.json", "By hand.")
     for said in (
@@ -301,6 +354,10 @@ def partial() -> dict:
         ([RESULT, of(trunk={"sha256": "bad"})], "results differ in 'trunk'"),
         ([RESULT, of(settings={})], "results differ in 'settings'"),
         ([RESULT, of(row("one", 1))], "hold variant 'one' of seed 1 twice"),
+        (
+            [of(data_sets=SETS), of(data_sets={"own": SETS["corpus"]})],
+            "results differ in the data set 'own'",
+        ),
         ([of(row("two"))], "the baseline 'one' was not measured"),
         ([of(row("one", **LOST), row("two"))], "the baseline 'one' was not measured"),
         ([partial()], "2 drafts, T = 1 says mean_accepted_length"),

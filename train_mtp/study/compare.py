@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from dskjax.evaluation.intervals import RESAMPLES, bootstrap
-from train_mtp.study.variants import FIELDS, slug_of
+from train_mtp.study.variants import CORPUS, FIELDS, slug_of
 
 Row = Mapping[str, Any]
 
@@ -115,6 +115,10 @@ class Study:
     Raises:
         ValueError: they are not of the same study, a variant is there twice, or the baseline was
             not measured.
+
+    Attributes:
+        rows: what was measured of each variant and seed.
+        sets: data sets by name, as far as the results say.
     """
 
     def __init__(self, results: Sequence[Mapping[str, Any]]):
@@ -131,7 +135,9 @@ class Study:
         self.options: Mapping[str, Any] = first["settings"]
         self.evaluation: Mapping[str, Any] = first["evaluation"]
         self.baseline: str = first["baseline"]
-        self.rows: list[Row] = [row for part in results for row in part["rows"]]
+        # A result that was written before there were several data sets names none.
+        self.rows: list[Row] = [{"data": CORPUS, **row} for part in results for row in part["rows"]]
+        self.sets = _joined([part.get("data_sets", {}) for part in results])
         seen = [(row["variant"], row["seed"]) for row in self.rows]
         if twice := sorted({one for one in seen if seen.count(one) > 1}):
             raise ValueError(f"results hold variant {twice[0][0]!r} of seed {twice[0][1]} twice")
@@ -169,18 +175,25 @@ class Study:
 
     @property
     def names(self) -> list[str]:
-        """Variants that were measured: what is not trained, the baseline, then its rivals by
+        """Variants that were measured: what is not trained, the baseline, then its rivals by data,
         objective, weights and depths.
         """
         usual = self.of(self.baseline)
 
         def place(row: Row) -> tuple[Any, ...]:
             strange = any(row[field] != usual[field] for field in OBJECTIVE)
-            other = row["weights"] != usual["weights"]
-            return row["trained"], row["variant"] != self.baseline, strange, other, row["layers"]
+            other = [row[field] != usual[field] for field in ("data", "weights")]
+            first = row["variant"] != self.baseline
+            return row["trained"], first, other[0], strange, other[1], row["layers"]
 
         rows = sorted((row for row in self.rows if row["acceptance"]), key=place)
         return list(dict.fromkeys(row["variant"] for row in rows))
+
+    @property
+    def learnt(self) -> list[str]:
+        """Data sets that variants learnt from, the baseline's first."""
+        found = dict.fromkeys(row["data"] for row in self.rows if row["trained"])
+        return sorted(found, key=lambda name: name != self.of(self.baseline)["data"])
 
     @property
     def untrained(self) -> str | None:
@@ -236,12 +249,14 @@ class Study:
         )
 
     def rivals(self, fields: Sequence[str]) -> list[list[str]]:
-        """Groups of trained variants that differ in `fields` alone, the baseline's choice first."""
+        """Groups of trained variants that differ in `fields` alone ("data" may be one of them), the
+        baseline's choice first.
+        """
         groups: dict[tuple[Any, ...], list[str]] = {}
         for name in self.names:
             row = self.of(name)
             if row["trained"]:
-                rest = tuple(row[field] for field in FIELDS if field not in fields)
+                rest = tuple(row[field] for field in (*FIELDS, "data") if field not in fields)
                 groups.setdefault(rest, []).append(name)
         usual = {field: self.of(self.baseline)[field] for field in fields}
         for group in groups.values():
@@ -270,6 +285,18 @@ class Study:
                     f"make {setting.length(record['accepted_per_drafted'])}: steps that draft less "
                     "than all tokens cannot be compared here"
                 )
+
+
+def _joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Data sets of several results by name; raises ValueError if two call different ones so."""
+    joined: dict[str, Mapping[str, Any]] = {}
+    for name, facts in itertools.chain.from_iterable(part.items() for part in parts):
+        if joined.setdefault(name, facts) != facts:
+            raise ValueError(
+                f"results differ in the data set {name!r}: {joined[name]!r} and {facts!r}; join "
+                "only results on the same data"
+            )
+    return joined
 
 
 def _setting(record: Mapping[str, Any]) -> Setting:

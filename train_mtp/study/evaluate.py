@@ -5,16 +5,18 @@ the modules that draft, since what later modules would say is never asked. Steps
 compiled and run side by side.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from dskjax.config import ModelConfig
 from dskjax.decode import AcceptanceStats, RuleOptions
@@ -81,6 +83,47 @@ class Evaluation:
             )
             for kind, documents in kinds.items()
         }
+
+
+class Ahead:
+    """Compiles the steps of the evaluation while variants still learn: the device is busy with
+    these, the host is not.
+
+    Args:
+        frozen: params of the trunk, its own modules left out.
+        prompts: what to continue.
+        evaluation: how.
+    """
+
+    def __init__(self, frozen: Params, prompts: Prompts, evaluation: Evaluation):
+        self._frozen, self._prompts = frozen, prompts
+        self._evaluation = dataclasses.replace(evaluation, temperatures=evaluation.temperatures[:1])
+        self._begun: set[tuple[str, int]] = set()
+
+    @contextlib.contextmanager
+    def running(self, trainees: Sequence[Trainee]) -> Iterator[None]:
+        """Compiles what is new in another thread, by a decoding of the weights that `trainees` have
+        now, whose counts nobody keeps; waits for it at the end.
+        """
+        fresh = {}
+        for trainee, drafts in itertools.product(trainees, self._evaluation.drafts):
+            kind = (trainee.variant.config.weights, drafts)
+            if trainee.variant.drafts(drafts) and kind not in self._begun:
+                # A copy, as training gives its arrays away.
+                heads = jax.tree.map(jnp.copy, trainee.state.params)
+                state = dataclasses.replace(trainee.state, params=heads)
+                fresh[kind] = dataclasses.replace(trainee, state=state)
+                self._begun.add(kind)
+        with ThreadPoolExecutor(max_workers=max(len(fresh), 1)) as pool:
+            works = [
+                pool.submit(
+                    measure_one, trainee, self._frozen, self._prompts, self._evaluation, drafts
+                )
+                for (_, drafts), trainee in fresh.items()
+            ]
+            yield
+            for work in works:
+                work.result()
 
 
 def evaluate_together(

@@ -7,14 +7,18 @@ from train_mtp.study.published import PUBLISHED, Published
 
 
 def sentences(study: Study) -> Iterator[str]:
-    """Findings: the best variant, what training gave, weights, objectives, published gains, and
-    what is missing.
+    """Findings: the best variant, what training gave, weights, objectives, data, published gains,
+    and what is missing.
     """
     for setting in study.settings:
         yield from _best(study, setting)
     if study.untrained not in (None, study.baseline):
         yield from _compared(study, study.baseline, study.untrained, "its training")
-    for fields, what in ((("weights",), "the weights alone"), (OBJECTIVE, "the objective alone")):
+    for fields, what in (
+        (("weights",), "the weights alone"),
+        (OBJECTIVE, "the objective alone"),
+        (("data",), "the data alone"),
+    ):
         for first, *others in study.rivals(fields):
             for name in others:
                 yield from _compared(study, name, first, what)
@@ -95,7 +99,7 @@ def _larger(study: Study) -> Iterator[str]:
         for name in study.names
         if (row := study.of(name))["trained"]
         and name != study.baseline
-        and all(row[field] == usual[field] for field in OBJECTIVE)
+        and all(row[field] == usual[field] for field in (*OBJECTIVE, "data"))
     ]
     if len(group) < 2:
         return
@@ -117,17 +121,18 @@ def _larger(study: Study) -> Iterator[str]:
 
 
 def _reached(study: Study, published: Published, setting: Setting) -> Iterator[str]:
-    """Whether the variant nearest to a published one gains as much."""
-    names = published.variants(study)
-    if not names:
+    """Whether the variant nearest to a published one gains as much, of each data set."""
+    nearest: dict[str, str] = {}
+    for name in published.variants(study):
+        nearest.setdefault(study.of(name)["data"], name)
+    if not nearest:
         yield f"Nothing here is like the published {published.name}."
-        return
-    name = names[0]
     reference = study.untrained or study.baseline
-    gain = study.gain(name, reference, setting)
-    if gain is not None:
-        yield (
-            f"The {100 * published.gain:+.1f}% published of {published.name} on another model: "
-            f"{gain.length.against(published.gain)} at T = {setting.temperature:g} by *{name}*, "
-            f"whose accepted length has {percent(gain.length)} over *{reference}*."
-        )
+    for name in nearest.values():
+        gain = study.gain(name, reference, setting)
+        if gain is not None:
+            yield (
+                f"The {100 * published.gain:+.1f}% published of {published.name} on another model: "
+                f"{gain.length.against(published.gain)} at T = {setting.temperature:g} by "
+                f"*{name}*, whose accepted length has {percent(gain.length)} over *{reference}*."
+            )

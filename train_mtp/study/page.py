@@ -5,7 +5,7 @@ the page is written again.
 """
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +68,14 @@ def page(study: Study, plots: Mapping[str, str], command: str, reading: str) -> 
         command: what writes it.
         reading: what a person adds.
     """
+    batches = "batches of a seed" + (" and data set" if len(study.learnt) > 1 else "")
     lines = [
         "# Several MTP layers against one, on one frozen trunk",
         "",
         f"This page is written by `{command}`; only the section *Reading* is by hand.",
         "",
         "Each variant below is a set of MTP heads trained on the same frozen trunk, on the same "
-        "batches of a seed. What it is worth is measured by real speculative decoding of held-out "
+        f"{batches}. What it is worth is measured by real speculative decoding of held-out "
         "prompts: *accepted / drafted* counts draft tokens, the *mean accepted length* is 1 + "
         "accepted drafts per step. The variant that the others are compared with is "
         f"**{study.baseline}**.",
@@ -89,11 +90,13 @@ def page(study: Study, plots: Mapping[str, str], command: str, reading: str) -> 
         "",
         *(BEGIN, reading, END, ""),
         *_trunk(study),
+        *_sets(study),
         *_heads(study),
         *_acceptance(study),
         *_gains(study),
         *_published(study),
         *_rivals(study),
+        *_data(study),
         *_positions(study, plots["positions"]),
         *_kinds(study, plots["kinds"]),
         *_provenance(study),
@@ -126,8 +129,25 @@ def _trunk(study: Study) -> Iterator[str]:
         )
 
 
+def _sets(study: Study) -> Iterator[str]:
+    """What the data sets are, if there are several."""
+    if len(study.learnt) < 2:
+        return
+    yield from ("## Data", "")
+    yield (
+        "Tokens learnt are those that count in the loss: all of a text, of a record with a prompt "
+        "what follows it."
+    )
+    yield ""
+    body = []
+    for name, facts in study.sets.items():
+        counts = [f"{facts[what]:,}" for what in ("documents", "tokens", "scored")]
+        body.append([name, ", ".join(facts["files"]), *counts])
+    yield from table(["data set", "files", "documents", "tokens", "tokens learnt"], body)
+
+
 def _heads(study: Study) -> Iterator[str]:
-    options = study.options
+    options, several = study.options, len(study.learnt) > 1
     yield from ("## Heads", "")
     yield (
         f"{options['batch_size']} rows of {options['seq_len']} tokens a step, "
@@ -148,6 +168,7 @@ def _heads(study: Study) -> Iterator[str]:
                 row["weights"] if row["trained"] else "as they came",
                 str(row["layers"]),
                 objective(row) if row["trained"] else "",
+                *([row["data"] if row["trained"] else ""] if several else []),
                 ", ".join(str(row["seed"]) for row in rows) if row["trained"] else "",
                 f"{row['parameters']:,}",
                 " to ".join(f"{n:,}" for n in dict.fromkeys((steps[0], steps[-1]))),
@@ -155,8 +176,8 @@ def _heads(study: Study) -> Iterator[str]:
                 *losses,
             ]
         )
-    header = ["variant", "weights", "depths", "objective", "seeds", "parameters", "steps"]
-    yield from table([*header, "tokens", "CE", "KL"], body)
+    header = ["variant", "weights", "depths", "objective", *(["data"] if several else []), "seeds"]
+    yield from table([*header, "parameters", "steps", "tokens", "CE", "KL"], body)
     if study.skipped:
         yield f"Left out for lack of time: {', '.join(study.skipped)}."
         yield ""
@@ -240,13 +261,32 @@ def _rivals(study: Study) -> Iterator[str]:
         "same seeds: change of accepted / drafted in points (95%)."
     )
     yield ""
+    yield from _groups(study, OBJECTIVE, "objective", objective)
+
+
+def _data(study: Study) -> Iterator[str]:
+    if len(study.learnt) < 2:
+        return
+    yield from ("## What is learnt from: the data", "")
+    yield (
+        "Variants that differ in their data alone, each against the first of its group on the same "
+        "seeds: change of accepted / drafted in points (95%)."
+    )
+    yield ""
+    yield from _groups(study, ("data",), "data", lambda row: row["data"])
+
+
+def _groups(
+    study: Study, fields: Sequence[str], label: str, value: Callable[[Row], str]
+) -> list[str]:
+    """A table of variants that differ in `fields` alone, whose values `value` spells."""
     body = []
-    for group in study.rivals(OBJECTIVE):
+    for group in study.rivals(fields):
         for name in group:
             gains = [study.gain(name, group[0], setting) for setting in study.settings]
             cells = [points(gain.absolute) if gain and name != group[0] else "" for gain in gains]
-            body.append([name, objective(study.of(name)), *cells])
-    yield from table(["variant", "objective", *map(str, study.settings)], body)
+            body.append([name, value(study.of(name)), *cells])
+    return table(["variant", label, *map(str, study.settings)], body)
 
 
 def _positions(study: Study, plot: str) -> Iterator[str]:

@@ -33,7 +33,7 @@ class Published:
 
     def variants(self, study: Study) -> list[str]:
         """Those with the same weights that were trained for as many drafts, on the baseline's
-        objective; those with as many layers as theirs first.
+        objective; those on its data first, and of them those with as many layers as theirs.
         """
         usual = study.of(study.baseline)
         found = [
@@ -44,7 +44,12 @@ class Published:
             and row["layers"] >= self.drafts
             and all(row[field] == usual[field] for field in OBJECTIVE)
         ]
-        return sorted(found, key=lambda name: study.of(name)["layers"] != self.layers)
+
+        def distance(name: str) -> tuple[bool, bool]:
+            row = study.of(name)
+            return row["data"] != usual["data"], row["layers"] != self.layers
+
+        return sorted(found, key=distance)
 
 
 PUBLISHED = (

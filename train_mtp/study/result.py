@@ -2,8 +2,12 @@
 
 {"command": .., "seconds": .., "commit": .., "device": .., "versions": ..,
  "trunk": {"sha256": .., "parameters": .., "validation": ..}, "baseline": NAME,
- "settings": {..}, "evaluation": {.., "prompts": {KIND: COUNT}}, "skipped": [NAME, ..],
- "rows": [{"variant": NAME, "seed": .., "acceptance": [..], ..}, ..]}
+ "settings": {..}, "evaluation": {.., "prompts": {KIND: COUNT}},
+ "data_sets": {NAME: {"files": [..], "documents": .., "tokens": .., "scored": ..}},
+ "skipped": [NAME, ..],
+ "rows": [{"variant": NAME, "seed": .., "data": NAME, "acceptance": [..], ..}, ..]}
+
+`scored` counts the tokens that are learnt: all of a text, of a record with a prompt the rest.
 """
 
 import dataclasses
@@ -50,6 +54,7 @@ class Result:
             "variant": trainee.variant.name,
             "seed": config.seed,
             "trained": trainee.variant.trained,
+            "data": trainee.variant.data,
             **{name: getattr(config, name) for name in FIELDS},
             "parameters": count(trainee.recipe.specs()),
             "steps": trainee.steps,

@@ -9,8 +9,10 @@ import functools
 import shlex
 import sys
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from dskjax.checkpoint import hub
 from dskjax.config import ModelConfig
@@ -22,14 +24,14 @@ from train_mtp.data import PackedDataset
 from train_mtp.heads.config import HeadsConfig
 from train_mtp.heads.recipe import MODULES
 from train_mtp.heads.run import check_fit, first_state, load_trunk, recipe_of, ship
-from train_mtp.study.evaluate import Evaluation, evaluate_together
+from train_mtp.study.evaluate import Ahead, Evaluation, evaluate_together
 from train_mtp.study.result import Result, head_of
 from train_mtp.study.train import Steps, Trainee, train_together
-from train_mtp.study.variants import Table, Variant, read_table
-from train_mtp.token_store import build_store
+from train_mtp.study.variants import CORPUS, Sets, Table, Variant, read_table
+from train_mtp.token_store import TokenStore, build_store
 
 TRAINING_SHARE = 2 / 3
-"""Of the time left when a seed begins, what its training may take; the rest is for measuring."""
+"""Of the time left when a group begins, what its training may take; the rest is for measuring."""
 
 
 def run_study(
@@ -37,17 +39,19 @@ def run_study(
     table: str | Path,
     evaluation: Evaluation,
     *,
+    sets: Sets | None = None,
     keep: bool = False,
     command: str | None = None,
 ) -> Path:
-    """Trains and measures every variant, seed after seed.
+    """Trains and measures every variant, seed after seed and data set after data set.
 
     Args:
         config: what all variants share; `out` is the study's folder. With `max_minutes` no further
-            seed begins that, going by those before it, would end too late, and a seed's training
-            ends after `TRAINING_SHARE` of the time left.
+            group of one seed and data set begins that, going by the one before it, would end too
+            late, and a group's training ends after `TRAINING_SHARE` of the time left.
         table: JSON (`train_mtp.study.variants`).
         evaluation: how acceptance is measured.
+        sets: data sets beside the corpus (`config.data`), which variants name.
         keep: also export each variant's model.
         command: how the study was started, for the record; this process's arguments when None.
 
@@ -58,8 +62,9 @@ def run_study(
         ValueError: something does not fit together.
     """
     clock = _Clock(config.max_minutes)
-    variants = read_table(table, config)
+    variants = read_table(table, config, sets)
     _check_drafts(variants, evaluation)
+    files = {name: list_files(part) for name, part in {CORPUS: config.data, **(sets or {})}.items()}
     folder = hub.find(config.trunk, progress=config.progress)
     params, trunk = load_trunk(config, folder, None)
     tokenizer = Tokenizer.load(folder)
@@ -67,31 +72,28 @@ def run_study(
     prompts = evaluation.read(tokenizer)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
+    texts = _texts(files, tokenizer, config)
     command = command or shlex.join(sys.argv)
-    result = Result(out, head_of(config, variants, evaluation, prompts, folder, params, command))
-    corpus = build_store(
-        list_files(config.data),
-        tokenizer,
-        config.cache_dir or out / "tokens",
-        progress=config.progress,
-    )
+    head = head_of(config, variants, evaluation, prompts, folder, params, command)
+    result = Result(out, {**head, "data_sets": {name: text.facts for name, text in texts.items()}})
     frozen = {name: group for name, group in params.items() if name != MODULES}
-    steps = Steps()
-    for seed, group in variants.by_seed().items():
+    steps, ahead = Steps(), Ahead(frozen, prompts, evaluation)
+    for group in variants.groups():
         if not clock.fits(group):
             result.skip(group)
             continue
         dataset = runs.dataset_of(
-            corpus,
+            texts[group[0].data].store,
             seq_len=config.seq_len,
             batch_size=config.batch_size,
-            seed=seed,
+            seed=group[0].config.seed,
             answers_only=config.answers_only,
         )
         begin = functools.partial(_begin, params=params, trunk=trunk)
         with ThreadPoolExecutor() as pool:  # each compiles its first weights
             trainees = list(pool.map(begin, group))
-        compiling = _train(trainees, frozen, dataset, steps, config, clock)
+        with ahead.running(trainees):
+            compiling = _train(trainees, frozen, dataset, steps, config, clock)
         sound = [trainee for trainee in trainees if not trainee.diverged]
         for trainee in trainees:
             if trainee.diverged:
@@ -104,6 +106,32 @@ def run_study(
                 ship(place, trainee.heads, frozen, trainee.recipe, folder, record)
         clock.note(group, compiling)
     return result.path
+
+
+class _Text(NamedTuple):
+    """A data set: its tokens, and what the record says of it."""
+
+    store: TokenStore
+    facts: dict[str, Any]
+
+
+def _texts(
+    files: Mapping[str, list[Path]], tokenizer: Tokenizer, config: HeadsConfig
+) -> dict[str, _Text]:
+    """The data sets, tokenised."""
+    texts = {}
+    for name, paths in files.items():
+        cache = config.cache_dir or Path(config.out) / "tokens"
+        store = build_store(paths, tokenizer, cache, progress=config.progress)
+        unscored = int(store.answers.sum()) if config.answers_only else 0
+        facts = {
+            "files": [path.name for path in paths],
+            "documents": store.n_documents,
+            "tokens": store.n_tokens,
+            "scored": store.n_tokens - unscored,
+        }
+        texts[name] = _Text(store, facts)
+    return texts
 
 
 def _begin(variant: Variant, params: Params, trunk: ModelConfig) -> Trainee:
@@ -124,7 +152,8 @@ def _train(
     learning = [trainee for trainee in trainees if trainee.variant.trained]
     if not learning:
         return 0.0
-    what = f"{len(learning)} variants of seed {learning[0].variant.config.seed}"
+    first = learning[0].variant
+    what = f"{len(learning)} variants of seed {first.config.seed} on {first.data}"
     progress = runs.progress_of(config, dataset, 0, what)
     place = Path(config.out)
     return train_together(
@@ -143,7 +172,7 @@ def _check_drafts(table: Table, evaluation: Evaluation) -> None:
 
 
 class _Clock:
-    """What is left of a study's time, and how long its seeds take."""
+    """What is left of a study's time, and how long its groups of variants take."""
 
     def __init__(self, minutes: float | None):
         self._end = None if minutes is None else time.monotonic() + 60 * minutes
@@ -151,18 +180,18 @@ class _Clock:
         self._per_depth = 0.0
 
     def fits(self, group: list[Variant]) -> bool:
-        """Whether a seed would end in time, going by the one before it; the first always."""
+        """Whether a group would end in time, going by the one before it; the first always."""
         self._last = time.monotonic()
         if self._end is None or not self._per_depth:
             return True
         return self._last + self._per_depth * _depths(group) <= self._end
 
     def deadline(self) -> float | None:
-        """When the training of the seed that just began must end."""
+        """When the training of the group that just began must end."""
         return self._end and self._last + TRAINING_SHARE * (self._end - self._last)
 
     def note(self, group: list[Variant], compiling: float) -> None:
-        """The seed that began last has ended; what compiling took will not be needed again."""
+        """The group that began last has ended; what compiling took will not be needed again."""
         spent = time.monotonic() - self._last - compiling
         self._per_depth = spent / _depths(group)
 

@@ -6,6 +6,7 @@ same law. What a set learns is, bit for bit, what a run of its own would teach i
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ from dskjax.params import Params
 from train_mtp.data import PackedDataset, read_ahead
 from train_mtp.heads.recipe import HeadsRecipe
 from train_mtp.heads.step import head_step, teach
+from train_mtp.heads.sums import Taught
 from train_mtp.metrics import METRICS, MetricsLog, Progress, to_host
 from train_mtp.state import TrainState
 from train_mtp.step import place_batch
@@ -59,21 +61,34 @@ class Trainee:
 
 
 class Steps:
-    """The compiled steps of a study; variants that differ in their seed alone share one."""
+    """The compiled steps of a study; variants that differ in their seed or data alone share one,
+    and all share the trunk's pass.
+    """
 
     def __init__(self):
+        self._teach: Callable[..., Taught] | None = None
         self._of: dict[HeadsRecipe, Step] = {}
 
-    def compile(self, trainees: Sequence[Trainee], frozen: Params, batch: Any, taught: Any) -> None:
+    def compile(self, trainees: Sequence[Trainee], frozen: Params, batch: Any) -> None:
         """Compiles what is missing, all at once: the compiler leaves most cores idle by itself."""
         wanted = {t.recipe: t.state for t in trainees if t.recipe not in self._of}
+        of_trunk = functools.partial(teach, recipe=trainees[0].recipe)
+        taught = jax.eval_shape(of_trunk, frozen, batch)
 
         def make(recipe: HeadsRecipe, state: TrainState) -> Step:
             return head_step.lower(state, frozen, batch, taught, recipe=recipe).compile()
 
         with ThreadPoolExecutor() as pool:
             made = pool.map(make, wanted.keys(), wanted.values())
+            if self._teach is None:
+                lowered = teach.lower(frozen, batch, recipe=trainees[0].recipe)
+                self._teach = lowered.compile()
             self._of |= dict(zip(wanted, made, strict=True))
+
+    def teach(self, frozen: Params, batch: Any) -> Taught:
+        """The trunk's states and law on a batch."""
+        assert self._teach is not None
+        return self._teach(frozen, batch)
 
     def __getitem__(self, recipe: HeadsRecipe) -> Step:
         return self._of[recipe]
@@ -89,7 +104,7 @@ def train_together(
     progress: Progress,
     deadline: float | None = None,
 ) -> float:
-    """Trains variants of one seed on the same batches; the trainees' states change.
+    """Trains variants of one seed and data set on the same batches; the trainees' states change.
 
     Args:
         trainees: those to train, which share all but `train_mtp.study.variants.FIELDS`.
@@ -116,12 +131,12 @@ def train_together(
         )
         begun, waited, last = time.monotonic(), 0.0, None
         for done, batch in enumerate(batches, start=1):
-            taught = teach(frozen, batch, recipe=recipe)
             if done == 1:
                 at = time.monotonic()
-                steps.compile(trainees, frozen, batch, taught)
+                steps.compile(trainees, frozen, batch)
                 waited = time.monotonic() - at
                 progress.say(f"{len(trainees)} steps compiled in {waited:.0f} s")
+            taught = steps.teach(frozen, batch)
             on_device = [_advance(t, steps, frozen, batch, taught) for t in trainees]
             if last is not None:
                 jax.block_until_ready(last)  # the host stays one step ahead, not more
