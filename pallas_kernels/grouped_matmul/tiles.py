@@ -80,12 +80,14 @@ def fp8_tiles(rows: int, experts: int, blocks: int, outputs: int) -> Tiles:
         return Tiles(rows=32, deep=deep)
     # Alone, thread blocks ask the L2 cache for more than it has to give: 32 KiB for 4.2 MFLOP.
     cluster = 2 if outputs % 256 == 0 else 1
-    return Tiles(rows=128, together=_turn(blocks), registers=(40, 232), cluster=cluster)
+    return Tiles(rows=128, together=_turn(blocks, 4), registers=(40, 232), cluster=cluster)
 
 
-def _turn(blocks: int) -> int:
-    """Blocks of a turn: a product is added while the next is made, but for the last of each."""
-    return next(count for count in (4, 2, 1) if blocks % count == 0)
+def _turn(blocks: int, most: int) -> int:
+    """Blocks of a turn: a product is added while the next is made, but for the last of each. With
+    more blocks than `most`, newer compilers (ptxas 13) run out of registers.
+    """
+    return next(count for count in (4, 2, 1) if count <= most and blocks % count == 0)
 
 
 def _few(mean: float) -> int:
@@ -103,7 +105,7 @@ def w4a8_tiles(rows: int, experts: int, blocks: int) -> Tiles:
         return Tiles(rows=_few(mean) if mean <= 8 else 32, deep=deep, stages=7)
     return Tiles(
         rows=64 if mean <= 64 else 128,
-        together=_turn(blocks),
+        together=_turn(blocks, 2),
         stages=7,
         registers=(24, 240),
     )
