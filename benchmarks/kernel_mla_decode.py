@@ -119,16 +119,16 @@ def implementations(case: Case, sweep: bool, others: bool) -> Iterator[tuple[str
     if others:
         yield "xla", xla.mla_decode, None
     if sweep:
-        registers, columns, waits = (
+        registers, columns, barriers = (
             ((184, 160), (168, 168), (152, 176)),
             (64, 128, 256),
             (False, True),
         )
-        for choice in itertools.product(registers, columns, waits):
-            tiles = Tiles(registers=choice[0], value_columns=choice[1], values_wait=choice[2])
+        for choice in itertools.product(registers, columns, barriers):
+            tiles = Tiles(registers=choice[0], value_columns=choice[1], auto_barriers=choice[2])
             own = case.kv == "fp8_tensor"  # which has columns of its own
             if tiles != usual and (not own or choice[1] == 128):
-                name = f"mosaic_sm90 {choice[0]} columns {choice[1]} values wait {choice[2]}"
+                name = f"mosaic_sm90 {choice[0]} columns {choice[1]} barriers {choice[2]}"
                 yield name, functools.partial(mosaic_sm90.mla_decode, tiles=tiles), tiles
 
 

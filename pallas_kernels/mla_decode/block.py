@@ -61,8 +61,7 @@ class Block(abc.ABC):
         """What one warpgroup or load tells others, with how many barriers. All of them are one
         array: each array costs every thread a register.
         """
-        slots = cls.prob_slots
-        return {"alpha": slots + 1, "probs": slots, "scored": slots, "norm": slots + 1}
+        return {"alpha": cls.prob_slots + 1, "probs": cls.prob_slots, "norm": cls.prob_slots + 1}
 
     @classmethod
     def scratch(cls, g: Geometry) -> dict[str, Any]:

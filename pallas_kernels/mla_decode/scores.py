@@ -45,9 +45,7 @@ def _item(b: Block, item: jax.Array, step: jax.Array) -> jax.Array:
         if masked:
             scores = _mask(scores, limits, (first + index) * TILE)
         top, total = _softmax(b, number + index, top, total, scores, factor)
-        scores = b.scores(queries, step + 2 + index)
-        _let_values_begin(b, number + index)
-        return top, total, scores
+        return top, total, b.scores(queries, step + 2 + index)
 
     lowest = row_values(HIDDEN) * factor
     carry = lowest, row_values(0.0), b.scores(queries, step + 1)
@@ -57,7 +55,6 @@ def _item(b: Block, item: jax.Array, step: jax.Array) -> jax.Array:
     top, total, scores = carry
     scores = _mask(scores, limits, (first + tiles - 1) * TILE)
     top, total = _softmax(b, number + tiles - 1, top, total, scores, factor)
-    _let_values_begin(b, number + tiles - 1)
 
     # A row without a limit took part in tiles that all others see whole.
     seen = (top > lowest / 2) & (limits > 0)
@@ -119,12 +116,6 @@ def _softmax(
     plgpu.commit_smem()
     plgpu.barrier_arrive(b.signal("probs", slot))
     return new_top, total * alpha + probs.sum(axis=1)
-
-
-def _let_values_begin(b: Block, number: jax.Array) -> None:
-    """The scores of the tile after `number` are done, or there is none."""
-    if b.g.tiles.values_wait:
-        plgpu.barrier_arrive(b.signal("scored", lax.rem(number, b.prob_slots)))
 
 
 def _publish_norm(b: Block, order: jax.Array, norm: jax.Array) -> None:

@@ -12,16 +12,12 @@ class Tiles:
         registers: per thread, of the warpgroup with the scores and of each of the two with the
             values; in steps of 8, and 504 at most in all: what 384 threads have at launch. Those of
             the cache's format when None.
-        values_wait: products with the values of a tile begin when the next tile's scores are done. At
-            once they would take the tensor cores from these, which would be done late, and then
-            leave them idle while probabilities are made.
         auto_barriers: let the compiler put a barrier around each access to shared memory. The
             kernels hold without.
     """
 
     value_columns: int = 128
     registers: tuple[int, int] | None = None
-    values_wait: bool = True
     auto_barriers: bool = False
 
     def __post_init__(self) -> None:

@@ -37,8 +37,6 @@ def _item(b: Block, half: int, item: jax.Array, state: Any) -> Any:
         out = _shrink(b, lax.rem(number, b.prob_slots + 1), out)
         slot = lax.rem(number, b.prob_slots)
         plgpu.barrier_wait(b.signal("probs", slot))  # and so the scores of this tile are done
-        if b.g.tiles.values_wait:
-            plgpu.barrier_wait(b.signal("scored", slot))
         _clear_hidden(b, half, now, seen - (first + index) * TILE)
         out, carry = b.add(half, now, b.refs.probs.at[slot], carry, out)
         plgpu.barrier_arrive(b.refs.probs_free.at[slot])
