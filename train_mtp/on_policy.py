@@ -153,8 +153,8 @@ def write_answers(
         tokenizer: its.
         prompts: in the order of the lines; as many as `out` has lines already are skipped.
         out: `.jsonl` to write or to go on with.
-        batch: prompts at a time; a last batch of fewer is filled up, as another shape would have to
-            be compiled for it.
+        batch: prompts at a time; fewer after a whole batch are filled up, as another shape would
+            have to be compiled for them.
         max_tokens: most tokens of an answer.
         temperature: as it will be served; prompt n draws with seed + n.
         top_p: likewise.
@@ -171,7 +171,7 @@ def write_answers(
     """
     done = _whole_lines(out)
     prompts = itertools.islice(prompts, done, None)
-    tokens = 0
+    tokens = size = 0
     with out.open("a", encoding="utf-8") as file:
         for part in itertools.batched(prompts, batch):
             for prompt in part:
@@ -180,7 +180,8 @@ def write_answers(
                         f"{prompt.source}: a prompt of {len(prompt.ids)} tokens and {max_tokens=} "
                         f"exceed {cfg.max_position_embeddings=}; ask for fewer tokens"
                     )
-            rows = list(itertools.islice(itertools.cycle(range(len(part))), batch))
+            size = max(size, len(part))
+            rows = list(itertools.islice(itertools.cycle(range(len(part))), size))
             seeds = [(seed + done + n) % 2**32 for n in rows]
             result = generate(
                 params,
@@ -188,7 +189,7 @@ def write_answers(
                 [part[n].ids for n in rows],
                 max_tokens=max_tokens,
                 sampling=SamplingParams.make(
-                    batch, temperature=temperature, top_p=top_p, seed=seeds
+                    size, temperature=temperature, top_p=top_p, seed=seeds
                 ),
                 accept="rejection" if temperature else "strict",
                 drafts=drafts,

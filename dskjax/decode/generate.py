@@ -29,6 +29,8 @@ from dskjax.distributed import fetch
 from dskjax.params import Params
 
 FinishReason = Literal["stop", "length"]
+_SUMS = ("steps", "drafted", "accepted", "emitted")
+_PLACES = ("offered_at", "reached_at", "accepted_at")
 
 
 @dataclasses.dataclass
@@ -136,9 +138,9 @@ def generate(
     stop_ids = () if ignore_eos else cfg.eos_token_id
     options = RowOptions.make(sampling, accept=accept, drafts=drafts, stop_ids=stop_ids)
     result = Generation(
-        tokens=[[] for _ in prompts],
-        finish_reasons=["length"] * len(prompts),
-        per_prompt=[AcceptanceStats() for _ in prompts],
+        tokens=[],
+        finish_reasons=[],
+        per_prompt=[],
         ties=0,
         prefill_seconds=0.0,
         decode_seconds=0.0,
@@ -163,13 +165,15 @@ def generate(
     begun = time.perf_counter()
     state = batch.state
     pending: StepOutput | None = None
-    running = len(prompts)
-    while running:
+    tally = _Tally(len(prompts), drafts, stop_ids)
+    while tally.running:
         state, output = batch.run(params, state, batch.rows, None)
         if pending is not None:
-            running -= _read(pending, stop_ids, result, on_tokens)
+            tally.add(fetch(pending), on_tokens)
         pending = output
     result.decode_seconds = time.perf_counter() - begun
+    result.tokens, result.finish_reasons = tally.tokens(), tally.finish_reasons()
+    result.per_prompt, result.ties = tally.per_prompt(), tally.ties
     if state.loads is not None:
         result.expert_loads = np.asarray(fetch(state.loads)).sum(axis=0, dtype=np.int64)
     if state.mtp_loads is not None:
@@ -269,26 +273,70 @@ def prefill_prompts(
     return PrefilledBatch(state, place(rows), run)
 
 
-def _read(
-    output: StepOutput,
-    stop_ids: tuple[int, ...],
-    result: Generation,
-    on_tokens: Callable[[int, list[int]], None] | None,
-) -> int:
-    """Takes a step's tokens to the host; returns how many sequences ended in it."""
-    out = fetch(output)
-    result.ties += int(out.ties.sum())
-    for index in np.flatnonzero(out.active):
-        new = out.tokens[index, : out.count[index]].tolist()
-        result.tokens[index].extend(new)
-        result.per_prompt[index].update(
-            out.accepted[index] + 1, drafted=out.offered[index], emitted=out.count[index]
+class _Tally:
+    """What steps put out, by prompt. A step's prompts are taken all at once: a host that took them
+    one by one would be slower than the device.
+
+    Args:
+        prompts: B, how many; further rows of the outputs are idle.
+        drafts: m, most drafts of a step.
+        stop_ids: ids that end a sequence.
+    """
+
+    def __init__(self, prompts: int, drafts: int, stop_ids: tuple[int, ...]):
+        self.running, self.ties = prompts, 0
+        self._stop_ids, self._stopped = stop_ids, np.zeros(prompts, bool)
+        self._sums = {name: np.zeros(prompts, np.int64) for name in _SUMS}
+        self._places = {name: np.zeros((prompts, drafts), np.int64) for name in _PLACES}
+        self._steps: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def add(self, out: StepOutput, on_tokens: Callable[[int, list[int]], None] | None) -> None:
+        """Takes a step's output, on the host."""
+        rows = len(self._stopped)
+        active, count, accepted, offered = (
+            np.asarray(x[:rows]) for x in (out.active, out.count, out.accepted, out.offered)
         )
-        if out.finished[index] and new and new[-1] in stop_ids:
-            result.finish_reasons[index] = "stop"
+        tokens, finished = np.asarray(out.tokens[:rows]), np.asarray(out.finished[:rows])
+        assert np.all((accepted >= 0) & (accepted <= offered) & (count <= accepted + 1))
+        self.ties += int(out.ties.sum())
+        self.running -= int(finished.sum())
+        count = np.where(active, count, 0)
+        self._steps.append((tokens, count))
+        last = np.take_along_axis(tokens, np.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
+        self._stopped |= finished & (count > 0) & np.isin(last, self._stop_ids)
+        for name, values in zip(_SUMS, (1, offered, accepted, count), strict=True):
+            self._sums[name] += np.where(active, values, 0)
+        place = np.arange(self._places["offered_at"].shape[1])
+        here = active[:, None] & (offered[:, None] > place)
+        self._places["offered_at"] += here
+        self._places["reached_at"] += here & (accepted[:, None] >= place)
+        self._places["accepted_at"] += here & (accepted[:, None] > place)
         if on_tokens is not None:
-            on_tokens(int(index), new)
-    return int(out.finished.sum())
+            for index in np.flatnonzero(active):
+                on_tokens(int(index), tokens[index, : count[index]].tolist())
+
+    def tokens(self) -> list[list[int]]:
+        """New ids of each prompt."""
+        if not self._steps:
+            return [[] for _ in self._stopped]
+        tokens = np.stack([tokens for tokens, _ in self._steps], axis=1)  # [B, steps, m + 1]
+        counts = np.stack([count for _, count in self._steps], axis=1)
+        new = np.arange(tokens.shape[-1]) < counts[..., None]
+        return [ids[here].tolist() for ids, here in zip(tokens, new, strict=True)]
+
+    def finish_reasons(self) -> list[FinishReason]:
+        """Of each prompt."""
+        return ["stop" if stopped else "length" for stopped in self._stopped]
+
+    def per_prompt(self) -> list[AcceptanceStats]:
+        """Acceptance of each prompt."""
+        found = []
+        for row in range(len(self._stopped)):
+            depths = np.count_nonzero(self._places["offered_at"][row])
+            places = {name: at[row, :depths].tolist() for name, at in self._places.items()}
+            sums = {name: int(values[row]) for name, values in self._sums.items()}
+            found.append(AcceptanceStats(**sums, **places))
+        return found
 
 
 def _check(cfg: ModelConfig, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:

@@ -88,7 +88,7 @@ def test_prompts_of_a_text_are_spread_over_it(model, tmp_path):
 def test_a_prompt_is_that_of_the_whole_text(model, tmp_path):
     """However few characters its tokens have, or many."""
     tokenizer = model[2]
-    for text in ("import os\n" * 500, " " * 3000 + "x = 1\n" * 50, "\U0001f600" * 300):
+    for text in ("import os\n" * 500, " NotImplementedError" * 50, "\U0001f600" * 300):
         (tmp_path / "a.txt").write_text(text)
         [prompt] = read_prompts([tmp_path], tokenizer, prefix=20)
         whole = tokenizer.encode(text, bos=True, parse_special=False)
@@ -104,7 +104,7 @@ def test_a_prompt_does_not_end_inside_a_character(model, tmp_path):
         assert prefix - 4 < len(prompt.ids) <= prefix
 
 
-def test_every_batch_has_the_same_shape(model, prompts, tmp_path, monkeypatch):
+def test_every_batch_has_the_shape_of_the_first(model, prompts, tmp_path, monkeypatch):
     """Another one would be compiled for."""
     rows = []
 
@@ -117,6 +117,9 @@ def test_every_batch_has_the_same_shape(model, prompts, tmp_path, monkeypatch):
     assert write(model, prompts, out, on_batch=lambda *so_far: rows.append(so_far)) == 4
     assert rows == [(3, [5, 6, 7]), (3, 6), (3, [8, 8, 8]), (4, 8)]
     assert len(out.read_text().splitlines()) == 4
+    rows.clear()
+    write(model, prompts, tmp_path / "few.jsonl", batch=64)
+    assert rows == [(4, [5, 6, 7, 8])]
 
 
 def test_training_learns_what_the_trunk_wrote(model, answers, tmp_path):

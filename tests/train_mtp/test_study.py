@@ -1,9 +1,12 @@
 """Studies: several sets of heads on one trunk pass learn what runs of their own teach them."""
 
+import dataclasses
 import json
+import threading
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -32,10 +35,11 @@ CHAIN = {
     **{"init": "random", "seeds": [1]},  # weights that depend on the seed
 }
 OWN = {**SHARED, "name": "own text", "data": "own"}
+RAW = {"name": "shipped", "trained": False}
 TABLE = {
     "baseline": "shipped",
     "variants": [
-        {"name": "shipped", "trained": False},
+        RAW,
         {**SHARED, "seeds": [0, 1]},
         OWN,
         CHAIN,
@@ -192,18 +196,24 @@ def test_groups_are_those_of_a_seed_and_a_data_set(folder):
         ["own-text-seed1"],
         ["chain-2-seed2"],
     ]
+    assert found.groups()[3][0].config.data == [folder / "own"]
 
 
-def test_variant_is_measured_at_the_drafts_it_can_serve(folder, monkeypatch):
-    """Those that share a compiled step take turns; each variant is reported once, in order."""
+@pytest.fixture(scope="module")
+def three(folder) -> list[Trainee]:
+    """A shared module, and chains of two and three."""
     table = of({**SHARED}, {**CHAIN}, {**CHAIN, "name": "chain 3", "layers": 3})
     (folder / "three.json").write_text(json.dumps(table))
     variants = read_table(folder / "three.json", config(folder, "x")).variants
-    trunk = load_config(folder / "trunk")
-    trainees = [
-        Trainee(variant=v, recipe=recipe_of(v.config, trunk, None), state=TrainState(0, {}, {}))
+    trunk, heads = load_config(folder / "trunk"), {"w": jnp.ones(2)}
+    return [
+        Trainee(variant=v, recipe=recipe_of(v.config, trunk, None), state=TrainState(0, heads, {}))
         for v in variants
     ]
+
+
+def test_variant_is_measured_at_the_drafts_it_can_serve(three, folder, monkeypatch):
+    """Those that share a compiled step take turns; each variant is reported once, in order."""
 
     def answer(trainee, frozen, prompts, evaluation, drafts):
         return [{"drafts": drafts, "temperature": t} for t in evaluation.temperatures[::-1]]
@@ -211,11 +221,49 @@ def test_variant_is_measured_at_the_drafts_it_can_serve(folder, monkeypatch):
     done = []
     monkeypatch.setattr(evaluate, "measure_one", answer)
     asked = evaluation(folder, drafts=(3, 2))
-    evaluate.evaluate_together(trainees, {}, {}, asked, lambda t, found, _: done.append((t, found)))
+    evaluate.evaluate_together(three, {}, {}, asked, lambda t, found, _: done.append((t, found)))
     found = {t.variant.name: [(r["drafts"], r["temperature"]) for r in rows] for t, rows in done}
     every = [(2, 0.0), (2, 1.0), (3, 0.0), (3, 1.0)]
     assert found == {"shared 2": every, "chain 2": every[:2], "chain 3": every}
     assert len(done) == 3
+
+
+def test_steps_of_the_evaluation_are_compiled_once_while_variants_learn(three, folder, monkeypatch):
+    seen = []
+
+    def answer(trainee, frozen, prompts, evaluation, drafts):
+        learning.wait(10)  # until the weights that training had are gone
+        weight = float(trainee.state.params["w"].sum())
+        seen.append((trainee.variant.name, drafts, evaluation.temperatures, weight))
+
+    monkeypatch.setattr(evaluate, "measure_one", answer)
+    learning = threading.Event()
+    ahead = evaluate.Ahead({}, {}, evaluation(folder, drafts=(3, 2)))
+    shared, chain, deep = three
+    lost = dataclasses.replace(shared, state=TrainState(0, {"w": jnp.ones(2)}, {}))
+    with ahead.running([lost, chain]):
+        lost.state.params["w"].delete()
+        learning.set()
+    cold = (0.0,)
+    assert sorted(seen) == [
+        ("chain 2", 2, cold, 2.0),
+        ("shared 2", 2, cold, 2.0),
+        ("shared 2", 3, cold, 2.0),
+    ]
+    seen.clear()
+    with ahead.running([shared, chain, deep]):
+        pass
+    assert seen == [("chain 3", 3, cold, 2.0)]
+
+
+def test_failure_of_the_evaluation_while_variants_learn_is_raised(three, folder, monkeypatch):
+    def fail(*args):
+        raise ValueError("out of memory")
+
+    monkeypatch.setattr(evaluate, "measure_one", fail)
+    ahead = evaluate.Ahead({}, {}, evaluation(folder))
+    with pytest.raises(ValueError, match="out of memory"), ahead.running(three):
+        pass
 
 
 def test_variant_that_diverges_is_said_to_and_not_measured(studied):
@@ -285,7 +333,7 @@ def of(*rows: dict, baseline: str = "shared 2") -> dict:
         (of({**SHARED, "trained": 0}), "trained=0 must be true or false"),
         (of({**SHARED, "data": "own"}), r"data='own' is none of the data sets: corpus"),
         (of({**SHARED, "data": ["own"]}), r"data=\['own'\] is none of the data sets"),
-        (of(SHARED, {"name": "raw", "trained": False, "data": "corpus"}), r"without \['data'\]"),
+        (of(SHARED, {**RAW, "data": "corpus"}), r"without \['data'\]"),
         (of(SHARED, {**SHARED, "name": "Shared-2"}), "share the folder 'shared-2-seed0'"),
         (of({**SHARED, "trained": False}), r"shipped module, without \['ce', 'kl', 'layers'"),
     ],
@@ -302,6 +350,7 @@ def test_table_that_makes_no_sense_is_refused(table, message, folder):
     ("rows", "sets", "message"),
     [
         ([SHARED], {"own": ["own"]}, r"two\.json: no variant learns from the data set 'own'"),
+        ([RAW], {"own": ["own"]}, r"two\.json: no variant learns from the data set 'own'"),
         ([OWN], {"own": ["own"]}, r"two\.json: no variant learns from the data set 'corpus'"),
         ([SHARED, OWN], {"own": []}, "data set 'own' is empty"),
         ([SHARED, OWN], {"own": ["nothing"]}, "no such file or folder"),

@@ -70,20 +70,20 @@ class Steps:
         self._of: dict[HeadsRecipe, Step] = {}
 
     def compile(self, trainees: Sequence[Trainee], frozen: Params, batch: Any) -> None:
-        """Compiles what is missing, all at once: the compiler leaves most cores idle by itself."""
+        """Compiles what is missing, as many at a time as there are cores. Python traces one step
+        after another, those of many depths first: they take the compiler longest.
+        """
+        recipe = trainees[0].recipe
+        taught = jax.eval_shape(functools.partial(teach, recipe=recipe), frozen, batch)
         wanted = {t.recipe: t.state for t in trainees if t.recipe not in self._of}
-        of_trunk = functools.partial(teach, recipe=trainees[0].recipe)
-        taught = jax.eval_shape(of_trunk, frozen, batch)
-
-        def make(recipe: HeadsRecipe, state: TrainState) -> Step:
-            return head_step.lower(state, frozen, batch, taught, recipe=recipe).compile()
-
         with ThreadPoolExecutor() as pool:
-            made = pool.map(make, wanted.keys(), wanted.values())
+            made = {
+                of: pool.submit(head_step.lower(state, frozen, batch, taught, recipe=of).compile)
+                for of, state in sorted(wanted.items(), key=lambda item: -item[0].depths)
+            }
             if self._teach is None:
-                lowered = teach.lower(frozen, batch, recipe=trainees[0].recipe)
-                self._teach = lowered.compile()
-            self._of |= dict(zip(wanted, made, strict=True))
+                self._teach = teach.lower(frozen, batch, recipe=recipe).compile()
+            self._of |= {of: step.result() for of, step in made.items()}
 
     def teach(self, frozen: Params, batch: Any) -> Taught:
         """The trunk's states and law on a batch."""
