@@ -49,8 +49,9 @@ from train_mtp.heads.step import head_step, teach
 from train_mtp.optim import AdamW
 from train_mtp.recipe import StepRecipe
 from train_mtp.state import TrainState, abstract_state, make_state
-from train_mtp.step import Recipe, init_state, train_step
+from train_mtp.step import COMPILER_OPTIONS, Recipe, init_state, train_step
 
+ATTENTION = "mla_prefill"
 RUNS, WARM_UP = 25, 4
 """Steps of each method, and before them."""
 
@@ -161,6 +162,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--remat", nargs="+", default=["nothing_saveable"], help="see StepRecipe")
     parser.add_argument("--chunk-mib", type=int, help="of fp32 logits at one time")
     parser.add_argument("--compile-only", action="store_true", help="for an H100: memory, no times")
+    parser.add_argument(
+        "--once", action="store_true", help="with it: fail if XLA repeats kernels of the forward pass"
+    )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.seq_len % args.documents:
@@ -204,7 +208,8 @@ def pretraining(cfg: ModelConfig, args: argparse.Namespace, how: dict[str, Any])
         speed=flops.pretraining(cfg, length, recipe.precision),
         kinds={kind: 3 * each for kind, each in kinds.items()},
         frozen={},
-        step=lambda state, _, batch: train_step(state, batch, recipe=recipe),
+        # Options of the compiler are for the outermost program.
+        step=lambda state, _, batch: train_step.__wrapped__(state, batch, recipe=recipe),
         start=lambda _: init_state(recipe, 0),
         options={"modules": args.mtp},
     )
@@ -271,7 +276,8 @@ def compiled(part: Part, batch: Batch, mesh: Mesh | None = None) -> tuple[Any, d
         args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), args)
     begun = time.perf_counter()
     with for_hopper() if mesh is not None else contextlib.nullcontext():
-        program = jax.jit(step, donate_argnums=0).lower(*args).compile()
+        jitted = jax.jit(step, donate_argnums=0, compiler_options=COMPILER_OPTIONS)
+        program = jitted.lower(*args).compile()
     memory: Any = program.memory_analysis()
     return program, {
         "compile_s": time.perf_counter() - begun,
@@ -290,10 +296,11 @@ def compile_only(part: Part, args: argparse.Namespace) -> Iterator[dict[str, Any
     program, found = compiled(part, batch, mesh)
     calls = re.findall(r'custom_call_target="mosaic_gpu[^\n]*?/(\w+)/mpmd_map', program.as_text())
     needed = found["temp_bytes"] + found["argument_bytes"]
-    yield found | {
-        "fits_h100": needed < GPUS["h100"].memory,
-        "kernels": {name: calls.count(name) for name in sorted(set(calls))},
-    }
+    kernels = {name: calls.count(name) for name in sorted(set(calls))}
+    yield found | {"fits_h100": needed < GPUS["h100"].memory, "kernels": kernels}
+    stacks = bool(part.recipe.cfg.num_dense_layers) + bool(part.recipe.cfg.moe)
+    if args.once and kernels.get(ATTENTION) != stacks:
+        sys.exit(f"{stacks} stacks of layers have {ATTENTION} once each, but there are {kernels}")
 
 
 # ------------------------------------------------------------------ measuring

@@ -51,4 +51,7 @@ export MOSAIC_GPU_DUMP_PTXAS=1 MOSAIC_GPU_DUMP_TO="$dump/mosaic"
 if [ $# -eq 0 ]; then
     unset MOSAIC_GPU_DUMP_PTXAS MOSAIC_GPU_DUMP_TO
     scripts/aot.sh --module benchmarks.aot_step
+    # And a training step, which must run no kernel of the forward pass twice.
+    scripts/aot.sh --module benchmarks.train_step --compile-only --once --layers 3 --rows 1 \
+        --remat none
 fi

@@ -72,7 +72,19 @@ def place_batch(batch: Batch, sharding: Sharding | None) -> Batch:
     return jax.tree.map(lambda a: jax.make_array_from_process_local_data(where, a), batch)
 
 
-@functools.partial(jax.jit, static_argnames=("recipe",), donate_argnames=("state",))
+COMPILER_OPTIONS = {"xla_gpu_enable_dynamic_slice_fusion": False}
+"""Of a step. Otherwise XLA fuses a kernel with the copy of its result into what the layers keep for
+the backward pass, and runs the kernel a second time for whoever else reads the result: all attention
+and half of the experts' products (openxla/xla, pull request 45799).
+"""
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("recipe",),
+    donate_argnames=("state",),
+    compiler_options=COMPILER_OPTIONS,
+)
 def train_step(
     state: TrainState, batch: Batch, *, recipe: Recipe
 ) -> tuple[TrainState, dict[str, Any]]:

@@ -45,7 +45,10 @@ SMALL = cases.Case(
     dtype="bfloat16",
 )
 PACKED = dataclasses.replace(SMALL, name="packed small", weight="int4", packed=True, x="token")
+WIDE = dataclasses.replace(SMALL, name="wide", rows=300, padding=40, lead=(2, 256))
+"""Many rows and outputs: thread blocks in clusters."""
 FEW = Tiles(rows=8, deep=2, stages=2)
+CLUSTERS = Tiles(rows=128, together=2, stages=2, cluster=2)
 
 
 # ------------------------------------------------------------------ planted bugs
@@ -188,11 +191,30 @@ def test_tiles_do_not_change_results(tiles):
 
 @on_cpu
 @pytest.mark.devices(8)  # six warpgroups at the same time
-@pytest.mark.parametrize("case", ["wide", pytest.param("wide one row", marks=full)])
-def test_clusters_do_not_change_results(case):
-    rows = {"wide": 150, "wide one row": 1}[case]
-    wide = dataclasses.replace(SMALL, name=case, rows=rows, lead=(2, 256))
-    check(interpreted(tiles=Tiles(rows=128, together=2, stages=2, cluster=2), sms=5), wide)
+@pytest.mark.parametrize("rows", [300, pytest.param(1, marks=full)])
+def test_clusters_do_not_change_results(rows):
+    check(interpreted(tiles=CLUSTERS, sms=5), dataclasses.replace(WIDE, rows=rows))
+
+
+def _outputs_of_the_first(self, order, item=block.Block.item):
+    tile, outputs = item(self, order)
+    return tile, outputs // 2 * 2
+
+
+@on_cpu
+@pytest.mark.devices(8)
+def test_suite_sees_a_cluster_that_does_the_same_work_twice(monkeypatch):
+    bug = block.Block, "item", _outputs_of_the_first
+    with pytest.raises(AssertionError):
+        check(has(monkeypatch, mosaic_sm90_fp8, *bug, tiles=CLUSTERS, sms=2), WIDE)
+
+
+def test_many_rows_and_outputs_take_clusters():
+    args = WIDE.abstract()
+    assert mosaic_sm90_fp8.usual_tiles(args["x"], args["w"]).cluster == 2
+    narrow = SMALL.abstract()
+    x = jax.tree.map(lambda a: jax.ShapeDtypeStruct((4096, *a.shape[1:]), a.dtype), narrow["x"])
+    assert mosaic_sm90_fp8.usual_tiles(x, narrow["w"]).cluster == 1
 
 
 def test_a_cluster_needs_outputs_for_all():
@@ -340,7 +362,7 @@ def test_lowers_for_cuda(case):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", [*cases.CI, SMALL, PACKED], ids=str)
+@pytest.mark.parametrize("case", [*cases.CI, SMALL, PACKED, WIDE], ids=str)
 def test_matches_oracle_on_a_gpu(case):
     if reason := no_hopper():
         pytest.skip(reason)
