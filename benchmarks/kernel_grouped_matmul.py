@@ -164,7 +164,11 @@ def _other_int4_tiles(case: Case) -> Iterator[Tiles]:
         registers = (24, 240) if rows >= 64 else None
         stages = (225 // per_sm - rows // 4) * 1024 // (deep * (8704 + 128 * rows))
         few, many = mean <= rows <= max(2 * mean, 16), rows <= 2 * mean
-        if stages > min(2, together) and (few or many and rows >= 64) and not (registers and per_sm > 1):
+        if (
+            stages > min(2, together)
+            and (few or many and rows >= 64)
+            and not (registers and per_sm > 1)
+        ):
             yield Tiles(
                 rows=rows,
                 deep=deep,

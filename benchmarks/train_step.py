@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import inspect
 import json
 import re
 import sys
@@ -163,7 +164,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--chunk-mib", type=int, help="of fp32 logits at one time")
     parser.add_argument("--compile-only", action="store_true", help="for an H100: memory, no times")
     parser.add_argument(
-        "--once", action="store_true", help="with it: fail if XLA repeats kernels of the forward pass"
+        "--once",
+        action="store_true",
+        help="with it: fail if XLA repeats kernels of the forward pass",
     )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -209,7 +212,7 @@ def pretraining(cfg: ModelConfig, args: argparse.Namespace, how: dict[str, Any])
         kinds={kind: 3 * each for kind, each in kinds.items()},
         frozen={},
         # Options of the compiler are for the outermost program.
-        step=lambda state, _, batch: train_step.__wrapped__(state, batch, recipe=recipe),
+        step=lambda state, _, batch: inspect.unwrap(train_step)(state, batch, recipe=recipe),
         start=lambda _: init_state(recipe, 0),
         options={"modules": args.mtp},
     )

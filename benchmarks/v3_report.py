@@ -22,8 +22,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
     ):
         panel(axes, some)
     figure.suptitle(
-        f"{report['preset']}, {report['layers']} layers, {report['device']}, {report['mesh']}; "
-        "random weights, simulated acceptance"
+        f"{report['preset']}, {report['layers']} layers, {report['device']}, {report['mesh']}\n"
+        "random weights, simulated acceptance",
+        fontsize=10,
     )
     figure.savefig(path, dpi=110)
 
@@ -65,5 +66,5 @@ def _limits(axes: Any, rows: list[dict[str, Any]]) -> None:
             "o-",
             label=f"prefill and decode {name}",
         )
-    axes.set(xlabel="limit, ms a token", ylabel="output tokens a second and GPU")
+    axes.set(xlabel="limit, ms a token", ylabel="output tokens a second and GPU", ylim=(0, None))
     axes.legend(fontsize=8)

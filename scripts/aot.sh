@@ -3,7 +3,7 @@
 # and compares registers, spills and memory with benchmarks/results/aot.json; then whole decode steps
 # (benchmarks/aot_step.py).
 #
-#   scripts/aot.sh [--record] [-k TEXT]
+#   scripts/aot.sh [--record] [-k TEXT]     with both, only those cases are recorded anew
 #   scripts/aot.sh --module NAME ARGS...    another module that compiles, in the project's .venv
 #   AOT_VENV=/path scripts/aot.sh           another place for its environment, 0.6 GB
 #

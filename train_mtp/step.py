@@ -74,8 +74,8 @@ def place_batch(batch: Batch, sharding: Sharding | None) -> Batch:
 
 COMPILER_OPTIONS = {"xla_gpu_enable_dynamic_slice_fusion": False}
 """Of a step. Otherwise XLA fuses a kernel with the copy of its result into what the layers keep for
-the backward pass, and runs the kernel a second time for whoever else reads the result: all attention
-and half of the experts' products (openxla/xla, pull request 45799).
+the backward pass, and runs the kernel a second time for whoever else reads the result: all
+attention and half of the experts' products (openxla/xla, pull request 45799).
 """
 
 

@@ -24,7 +24,6 @@ from pallas_kernels.grouped_matmul.rows import Rows
 from pallas_kernels.grouped_matmul.tiles import Tiles, fp8_tiles
 from pallas_kernels.quant import QTensor
 
-
 IN_FLIGHT = 2
 """Products: one is scaled and added while the other is made."""
 

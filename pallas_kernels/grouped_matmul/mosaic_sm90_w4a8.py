@@ -260,8 +260,6 @@ def multiply(
 # A jit of its own, so that all layers of an unrolled model call one function: otherwise the kernel
 # is compiled for each of them.
 @functools.partial(jax.jit, static_argnums=(3, 4))
-def _run(
-    x: Rows, w: jax.Array, w_scales: jax.Array, g: Geometry, full_range: bool
-) -> jax.Array:
+def _run(x: Rows, w: jax.Array, w_scales: jax.Array, g: Geometry, full_range: bool) -> jax.Array:
     operands = {"x": x.values, "x_scales": x.scales[0], "w": w, "w_scales": w_scales}
     return multiply_tiles(W4A8Block(g, full_range), operands, x.work)

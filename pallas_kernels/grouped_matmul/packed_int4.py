@@ -8,9 +8,11 @@ The e4m3 bytes 0x00 to 0x08 mean 0 to 8 times 2^-9. So a weight w is kept as a s
 bits n, and four bytes of e4m3 are made at once, by a mask. With weights of -7 to 7, as rounding to
 nearest makes them, n is |w|. Where there are -8 as well, as other quantizers make them, n of a
 negative weight is -w - 1, and the signs are added after the mask: more instructions, which show
-from 128 rows an expert on. A word holds two such quadruples: byte j of the first has its sign in bit
-7 of byte j, n in bits 0-2; byte j of the second has its sign in bit 3 of byte j, n in bits 4-6 of
-byte j - 1, where a rotation by four bits brings it to the places of the first.
+from 128 rows an expert on.
+
+A word holds two such quadruples: byte j of the first has its sign in bit 7 of byte j, n in bits
+0-2; byte j of the second has its sign in bit 3 of byte j, n in bits 4-6 of byte j - 1, where a
+rotation by four bits brings it to the places of the first.
 """
 
 import dataclasses

@@ -23,7 +23,6 @@ from pallas_kernels import hopper
 from pallas_kernels.grouped_matmul.products import order_before_copies, wait_for_warps
 from pallas_kernels.grouped_matmul.tiles import Tiles
 
-
 CLUSTER = "cluster"
 """Axis of the thread blocks of a cluster."""
 

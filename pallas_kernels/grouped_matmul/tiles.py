@@ -17,8 +17,8 @@ class Tiles:
         stages: such loads that fit in shared memory.
         staged: pieces of 64 outputs that a warpgroup stores at once; with 128 rows only.
         per_sm: thread blocks of a streaming multiprocessor.
-        cluster: thread blocks that take outputs next to each other, of the same tile of rows, at the
-            same time: each copies a part of the rows for all. Only fp8 weights with 128 rows.
+        cluster: thread blocks that take outputs next to each other, of the same tile of rows, at
+            the same time: each copies a part of the rows for all. Only fp8 weights with 128 rows.
         registers: per thread, of the warpgroup that loads and of the two that multiply; None
             leaves all with the same number.
         auto_barriers: let the compiler put a barrier around each access to shared memory.
@@ -78,6 +78,8 @@ def fp8_tiles(rows: int, experts: int, blocks: int, outputs: int) -> Tiles:
         return Tiles(rows=_few(mean), deep=deep, stages=6)
     if mean <= 32:
         return Tiles(rows=32, deep=deep)
+    if mean <= 128:
+        return Tiles(rows=128, registers=(40, 232))
     # Alone, thread blocks ask the L2 cache for more than it has to give: 32 KiB for 4.2 MFLOP.
     cluster = 2 if outputs % 256 == 0 else 1
     return Tiles(rows=128, together=_turn(blocks, 4), registers=(40, 232), cluster=cluster)
