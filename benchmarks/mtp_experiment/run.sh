@@ -1,6 +1,6 @@
 #!/bin/sh
-# The MTP experiment (docs/mtp_experiment.md) on one H100, in three steps of about 5, 3 and 9 minutes. It
-# needs a folder `corpus`: python scripts/prepare_corpus.py --data DATA --out corpus, of whose training
+# The MTP experiment (docs/mtp_experiment.md) on one H100: three steps, about 5, 3 and 9 minutes. It
+# needs a folder `corpus`, from scripts/prepare_corpus.py --data DATA --out corpus; of its training
 # files train-00, train-01 and reasoning were used. Then
 #     dskjax train-mtp study-report runs/mtp-study/study.json --out docs/mtp_experiment.md
 set -eu
@@ -21,7 +21,8 @@ dskjax pretrain --model benchmarks/mtp_experiment --tokenizer examples/tiny-deep
     $(held_out valid code-python code-other tech-prose prose math reasoning)
 
 # 2. What the trunk writes itself, at most 6.3M tokens, for the on-policy rows.
-generate="dskjax train-mtp generate-data runs/mtp-trunk/model --temperature 1 --max-tokens 512 --batch 1024"
+generate="dskjax train-mtp generate-data runs/mtp-trunk/model --temperature 1"
+generate="$generate --max-tokens 512 --batch 1024"
 $generate --prompts corpus/train/train-00.txt.xz --prompts corpus/train/train-01.txt.xz \
     --prefix 64 --per-text 4 --limit 9216 --out runs/on-policy/text.jsonl
 $generate --prompts corpus/train/reasoning.jsonl.xz --limit 3072 --seed 9216 \
