@@ -2,7 +2,7 @@
 
 import abc
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -14,6 +14,9 @@ from pallas_kernels.hopper import compiler_params
 
 class Kernel(abc.ABC):
     """What the warpgroups of a thread block do."""
+
+    clusters: ClassVar[bool] = False
+    """Whether thread blocks may form clusters, see `Tiles`."""
 
     @property
     @abc.abstractmethod
@@ -47,7 +50,12 @@ def launch(
         tiles: its choices.
         thread_blocks: of the grid, a multiple of `tiles.cluster`.
         interpret: parameters of Pallas' GPU interpreter; None on a GPU.
+
+    Raises:
+        ValueError: clusters of a kernel that has none.
     """
+    if tiles.cluster > 1 and not kernel.clusters:
+        raise ValueError(f"{kernel.name}: {tiles.cluster=} must be 1")
 
     def body(*refs: Any, **scratch: Any) -> None:
         named = dict(zip((*operands, "out"), refs, strict=True))

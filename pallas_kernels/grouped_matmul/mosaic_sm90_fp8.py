@@ -45,6 +45,8 @@ class _Product(NamedTuple):
 class Fp8Block(Block):
     """Refs in memory: those of `Rows`, w [E, N, K] and w_scales [E, N / 128, K / 128]."""
 
+    clusters = True
+
     def __init__(self, g: Geometry) -> None:
         super().__init__(g)
         self.weights_left = g.tiles.rows <= 64

@@ -59,6 +59,7 @@ class DenseBlock(Fp8Block):
     """
 
     g: DenseGeometry
+    clusters = False
 
     @property
     def name(self) -> str:

@@ -224,6 +224,14 @@ def test_a_cluster_needs_outputs_for_all():
         jax.eval_shape(op, **args)
 
 
+def test_int4_has_no_clusters():
+    args = PACKED.abstract()
+    op = functools.partial(mosaic_sm90_w4a8.grouped_matmul, tiles=CLUSTERS, sms=2)
+    args["w"] = dataclasses.replace(PACKED, lead=(2, 256)).abstract()["w"]
+    with pytest.raises(ValueError, match="w4a8_128: tiles.cluster=2 must be 1"):
+        jax.eval_shape(op, **args)
+
+
 @on_cpu
 @pytest.mark.parametrize(
     "tiles",
