@@ -20,6 +20,7 @@ import dataclasses
 import datetime
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -68,6 +69,7 @@ def main() -> None:
         "device": describe_devices(),
         "commit": source_commit(),
         "versions": versions(),
+        "command": " ".join(["python -m benchmarks.v3_ep8", *sys.argv[1:]]),
         "mesh": args.mesh or f"ep={jax.device_count()}",
         "preset": args.preset,
         "layers": args.layers or config_of(args.preset, None).num_hidden_layers,
