@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from train_mtp.study.compare import Study
@@ -22,11 +24,16 @@ def paths(stem: Path) -> dict[str, Path]:
     return {name: stem.with_name(f"{stem.name}{suffix}.png") for name, suffix in suffixes.items()}
 
 
+def make(study: Study) -> dict[str, Figure]:
+    """The plots by what they show, as in `paths`."""
+    return {"gains": _gains(study), "positions": _positions(study), "kinds": _kinds(study)}
+
+
 def draw(study: Study, stem: Path) -> None:
     """Writes the plots to their `paths`."""
-    makers = {"gains": _gains, "positions": _positions, "kinds": _kinds}
+    plots = make(study)
     for name, path in paths(stem).items():
-        makers[name](study).savefig(path, dpi=110, metadata={"Software": None})
+        plots[name].savefig(path, dpi=110, metadata={"Software": None})
 
 
 def _gains(study: Study) -> Figure:
@@ -59,20 +66,25 @@ def _gains(study: Study) -> Figure:
 
 
 def _positions(study: Study) -> Figure:
-    """P(draft i is accepted, given all before it), at the most drafts; a panel a temperature."""
+    """P(draft i is accepted, given all before it), at the most drafts; a panel a temperature.
+
+    Variants stand side by side at each position: many accept nearly as much.
+    """
     most = max(setting.drafts for setting in study.settings)
     settings = [setting for setting in study.settings if setting.drafts == most]
-    figure, axes = _panels(len(settings), height=4.4, width=4.6)
+    names = [name for name in study.names if any(study.score(name, one) for one in settings)]
+    shifts = np.linspace(-0.3, 0.3, len(names)) if len(names) > 1 else [0.0]
+    figure, axes = _panels(len(settings), height=4.4, width=6.0)
     for axis, setting in zip(axes, settings, strict=True):
-        for number, name in enumerate(study.names):
+        for number, (name, shift) in enumerate(zip(names, shifts, strict=True)):
             score = study.score(name, setting)
             if score is not None:
-                marks = {"marker": "osv^Dx*P"[number % 8], "ms": 4, "lw": 1}
+                marks = {"marker": "osv^Dx*P"[number % 8], "ms": 4, "lw": 0.6}
                 marks["ls"] = "--" if study.of(name)["weights"] == "independent" else "-"
-                x = range(1, most + 1)
-                axis.plot(x, score.conditional, color=f"C{number % 10}", label=name, **marks)
+                x, color = np.arange(1, most + 1) + shift, colormaps["tab20"](number % 20)
+                axis.plot(x, score.conditional, color=color, label=name, **marks)
         axis.set_title(str(setting), fontsize=10)
-        axis.set_xlabel("position of the draft")
+        axis.set_xlabel("position of the draft, variants side by side")
         axis.set_xticks(range(1, most + 1))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("accepted, given all before it")
@@ -84,6 +96,7 @@ def _kinds(study: Study) -> Figure:
     """Relative gain in accepted / drafted by kind of text, a panel a setting."""
     names = [name for name in study.names if name != study.baseline]
     figure, axes = _panels(len(study.settings), height=1.6 + 0.34 * len(names), width=3.4)
+    cmap, norm = colormaps["RdBu"], Normalize(-SCALE, SCALE)
     for axis, setting in zip(axes, study.settings, strict=True):
         gains = np.full((len(names), len(study.kinds)), np.nan)
         for (y, name), (x, kind) in itertools.product(enumerate(names), enumerate(study.kinds)):
@@ -91,8 +104,10 @@ def _kinds(study: Study) -> Figure:
             if gain is not None:
                 gains[y, x] = 100 * gain.relative.value
                 mark = "*" if gain.relative.sign else ""
-                axis.text(x, y, f"{gains[y, x]:+.1f}{mark}", ha="center", va="center", fontsize=7)
-        axis.imshow(gains, cmap="RdBu", vmin=-SCALE, vmax=SCALE, aspect="auto")
+                place = {"ha": "center", "va": "center", "fontsize": 7}
+                color = _readable(cmap(float(norm(gains[y, x]))))
+                axis.text(x, y, f"{gains[y, x]:+.1f}{mark}", color=color, **place)
+        axis.imshow(gains, cmap=cmap, norm=norm, aspect="auto")
         axis.set_title(str(setting), fontsize=10)
         axis.set_yticks(range(len(names)), names, fontsize=8)
         axis.set_xticks(range(len(study.kinds)), study.kinds, rotation=45, fontsize=8)
@@ -100,6 +115,11 @@ def _kinds(study: Study) -> Figure:
         f'gain in accepted / drafted over "{study.baseline}", %; * interval clear of 0', fontsize=9
     )
     return figure
+
+
+def _readable(color: tuple[float, ...]) -> str:
+    """Black or white, whichever stands out on a colour."""
+    return "black" if np.dot(color[:3], [0.299, 0.587, 0.114]) > 0.45 else "white"
 
 
 def _weights(study: Study, name: str) -> int:
