@@ -45,8 +45,9 @@ def tables(result: dict[str, Any]) -> str:
     )
     note = f" Note: {result['note']}." if "note" in result else ""
     rows = [
-        f"| {row['case']} | {row['impl']} | {spread(row)} | {100 * row['part_of_floor']:.0f} % "
-        f"| {others(row)} | {max(row['errors'].values()):.1e} |"
+        f"| {row['case']} | {row['impl']} | {spread(row)} | {rested(row)} "
+        f"| {100 * row['part_of_floor']:.0f} % | {others(row)} "
+        f"| {max(row['errors'].values()):.1e} |"
         for row in measured(result)
     ]
     failed = [f"- {r['case']}, {r['impl']}: {r['failed']}" for r in result["rows"] if "failed" in r]
@@ -57,9 +58,9 @@ def tables(result: dict[str, Any]) -> str:
             f"{result['device']}, jax {result['versions']['jax']}, {result['date'][:10]}, commit "
             f"{result['commit'][:7]}. Ceilings before / after: {ceilings}.{note}",
             "",
-            "| case | implementation | us, median (5 % - 95 %) | of the floor | others, us "
-            "| largest error |",
-            "|---|---|---|---|---|---|",
+            "| case | implementation | us, median (5 % - 95 %) | us, rested | of the floor "
+            "| others, us | largest error |",
+            "|---|---|---|---|---|---|---|",
             *rows,
             *(["", "Failed:", "", *failed] if failed else []),
         ]
@@ -75,6 +76,12 @@ def spread(row: dict[str, Any]) -> str:
     """Of the kernels, or of the wall clock where those are not known."""
     us = row["kernels_us"] or row["wall_us"]
     return f"{us['median']:.1f} ({us['p5']:.1f} - {us['p95']:.1f})"
+
+
+def rested(row: dict[str, Any]) -> str:
+    """Of a card that has rested; nothing in results that are older than that figure."""
+    us = row.get("rested_us")
+    return f"{us['median']:.1f}" if us else ""
 
 
 def others(row: dict[str, Any]) -> str:

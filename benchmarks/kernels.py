@@ -8,8 +8,9 @@
 
 and the same as `python -m benchmarks.kernels`. Each row has the median and the spread of 25
 samples, TFLOP/s and GB/s of the work that the definition asks for, and its part of the floor: the
-time in which the card's ceilings, measured before and after in this run, would do that work. Times
-of others are from another run, see the op.
+time in which the card's ceilings, measured before and after in this run, would do that work. A card
+slows down under load: these figures are of a hot one, "rested" of one that did nothing for a while.
+Times of others are from another run, see the op.
 
 The table of tiles documents and checks what ops choose by shape; no kernel reads it. It is
 {device: {op: {case: entry}}}, see `entry_of`; an entry has its commit, and as "source" its result
@@ -286,6 +287,7 @@ def timed(op: Any, case: Any, inputs: dict[str, Any], run: Any, top: Ceilings) -
     return {
         "wall_us": _dict(timing.wall),
         "kernels_us": timing.kernels and _dict(timing.kernels),
+        "rested_us": timing.rested and _dict(timing.rested),
         "tflops": flops / us / 1e6,
         "gbs": moved / us / 1e3,
         "floor_us": floor,
@@ -358,8 +360,9 @@ def line(row: Row) -> str:
         return f"{head} {errors}"
     best = row["kernels_us"] or row["wall_us"]
     others = " ".join(f"{k} {v:.0f}" for k, v in row["others_us"].items())
+    rested = f", rested {row['rested_us']['median']:.1f}" if row.get("rested_us") else ""
     return (
-        f"{head}{best['median']:8.1f} us ({best['p5']:.1f}-{best['p95']:.1f}), wall "
+        f"{head}{best['median']:8.1f} us ({best['p5']:.1f}-{best['p95']:.1f}){rested}, wall "
         f"{row['wall_us']['median']:.1f}; {row['tflops']:.0f} TFLOP/s {row['gbs']:.0f} GB/s "
         f"{100 * row['part_of_floor']:.0f} % of the floor; {errors}; {others}"
     )

@@ -19,16 +19,26 @@ MATRIX = plgpu.Layout.WGMMA
 """How the registers of a warpgroup hold a matrix that a product reads or makes."""
 ROWS = MATRIX.reduce(1)
 """How they hold one value for each row of such a matrix."""
+TIMELINE_RANGES = 36
+"""See `compiler_params`: 16 bytes each, of each of three warpgroups."""
 
 
-def compiler_params(*, auto_barriers: bool) -> Any:
+def compiler_params(*, auto_barriers: bool, timeline: str | None = None) -> Any:
     """Fast exp2, no memory for reductions across warps (ours stay within four lanes).
 
     Args:
         auto_barriers: let the compiler put a barrier around every access to shared memory.
+        timeline: a folder where each call writes when every warpgroup began and ended what the
+            kernel's `jax.named_scope`s name; the first 36 of each warpgroup, which is what the
+            fullest of our kernels leaves room for in shared memory. None for no such code.
     """
     return plgpu.CompilerParams(
-        approx_math=True, reduction_scratch_bytes=0, unsafe_no_auto_barriers=not auto_barriers
+        approx_math=True,
+        reduction_scratch_bytes=0,
+        unsafe_no_auto_barriers=not auto_barriers,
+        profile_space=TIMELINE_RANGES if timeline else 0,
+        profile_dir=timeline or "",
+        profile_bounds_check=True,
     )
 
 
@@ -36,10 +46,14 @@ def swizzled(*shape: int, dtype: Any) -> Any:
     """Shared memory in the layout of `wgmma` operands; the last axis is cut into rows of 128 bytes,
     or of 64 for one-byte types.
     """
-    itemsize = jnp.dtype(dtype).itemsize
+    return plgpu.SMEM(shape, dtype, transforms=transforms(dtype))
+
+
+def transforms(dtype: Any) -> tuple[Any, ...]:
+    """Of `swizzled`: tiles of 8 rows and 64 columns."""
     tiling: Any = plgpu.TilingTransform
     swizzle: Any = plgpu.SwizzleTransform
-    return plgpu.SMEM(shape, dtype, transforms=(tiling((8, 64)), swizzle(64 * itemsize)))
+    return tiling((8, 64)), swizzle(64 * jnp.dtype(dtype).itemsize)
 
 
 SWIZZLED_ROWS: Any = (cast(Any, plgpu.SwizzleTransform)(128),)

@@ -25,6 +25,7 @@ class Geometry:
         scale: softmax scale.
         tiles: see there.
         interpret: parameters of Pallas' GPU interpreter; None on a GPU.
+        timeline: see `hopper.compiler_params`.
     """
 
     heads: int
@@ -35,6 +36,7 @@ class Geometry:
     scale: float
     tiles: Tiles
     interpret: Any = None
+    timeline: str | None = None
 
     @property
     def rows(self) -> int:

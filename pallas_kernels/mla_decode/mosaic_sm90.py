@@ -84,6 +84,7 @@ def mla_decode(
     scale: float,
     tiles: Tiles | None = None,
     interpret: Any = None,
+    timeline: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.mla_decode`.
 
@@ -97,6 +98,7 @@ def mla_decode(
         scale: as there.
         tiles: what a sweep changes.
         interpret: parameters of Pallas' GPU interpreter, for tests on a CPU.
+        timeline: see `hopper.compiler_params`; `benchmarks.kernel_timeline` draws it.
     """
     heads = q_latent.shape[1]
     if plan.work is None:
@@ -111,6 +113,7 @@ def mla_decode(
         scale=scale,
         tiles=tiles or Tiles(),
         interpret=interpret,
+        timeline=timeline,
     )
     return _run(q_latent, q_rope, cache, jnp.asarray(layer, jnp.int32), plan, g)
 
@@ -185,7 +188,9 @@ def _attend(
         num_threads=3,
         thread_name="warpgroup",
         kernel_name=f"mla_decode_{block.name}",
-        compiler_params=hopper.compiler_params(auto_barriers=g.tiles.auto_barriers),
+        compiler_params=hopper.compiler_params(
+            auto_barriers=g.tiles.auto_barriers, timeline=g.timeline
+        ),
         interpret=g.interpret,
     )
     return tuple(kernel(*operands.values()))

@@ -15,9 +15,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
-from pallas_kernels.hopper import MATRIX, ROWS, by_row
+from pallas_kernels.hopper import ROWS
 from pallas_kernels.mla_decode.geometry import Geometry
 from pallas_kernels.mla_decode.tile_block import TileBlock
+from pallas_kernels.mla_decode.widen import STRIP, widen
 from pallas_kernels.mla_decode.work import TILE
 from pallas_kernels.quant import E4M3_MAX
 
@@ -109,12 +110,9 @@ class Fp8Block(TileBlock):
         r, slot, raw_slot = self.refs, lax.rem(step, self.slots), lax.rem(step, RAW_SLOTS)
         first = half * self.g.half
         plgpu.barrier_wait(self.signal(f"raw {half}", raw_slot))
-        for start in range(0, self.g.half, 64):
-            group = (first + start) // GROUP - first // GROUP
-            factor = jnp.minimum(scales[group] * RANGE, 65504 / E4M3_MAX).astype(jnp.float16)
-            strip = pl.ds(start, 64)
-            raw = plgpu.load(r.raw[half].at[raw_slot, :, strip], layout=MATRIX)
-            raw = raw.astype(jnp.float16)
-            r.tiles[half].at[slot, :, strip][...] = raw * by_row(factor, raw)
+        groups = [(first + at) // GROUP - first // GROUP for at in range(0, self.g.half, STRIP)]
+        factors = [jnp.minimum(scales[group] * RANGE, 65504 / E4M3_MAX) for group in groups]
+        raw, to = r.raw[half].at[raw_slot], r.tiles[half].at[slot]
+        widen(raw, to, factors=factors, interpret=self.g.interpret)
         plgpu.commit_smem()
         plgpu.barrier_arrive(self.signal(f"tile {half}", slot))

@@ -17,9 +17,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
-from pallas_kernels.hopper import MATRIX, ROWS, accumulator, by_row, multiply_add
+from pallas_kernels.hopper import ROWS, accumulator, by_row, multiply_add
 from pallas_kernels.mla_decode.block import Block
 from pallas_kernels.mla_decode.geometry import Geometry
+from pallas_kernels.mla_decode.widen import widen
 from pallas_kernels.mla_decode.work import TILE
 from pallas_kernels.quant import E4M3_MAX, MIN_AMAX
 
@@ -196,16 +197,14 @@ class Fp8TensorBlock(Block):
 
     def _convert(self, half: int, step: jax.Array, group: int, load: jax.Array) -> None:
         """Converts a group of columns of the tile of a step, if it has one."""
-        raw, slot = self.refs.raw[half], lax.rem(step, RAW_SLOTS)
-        to, columns = self._place(half, step, group, 0), self.g.half // self.groups
+        slot, columns = lax.rem(step, RAW_SLOTS), self.g.half // self.groups
+        raw, to = self.refs.raw[half].at[slot], self._place(half, step, group, 0)
 
         @pl.when((load >= 0) & (step < self.num_steps))
         def _() -> None:
             if group == 0:
                 plgpu.barrier_wait(self.signal(f"raw {half}", slot))
-            for start in range(0, columns, 64):
-                strip = raw.at[slot, :, pl.ds(group * columns + start, 64)]
-                to.at[:, pl.ds(start, 64)][...] = plgpu.load(strip, layout=MATRIX).astype(to.dtype)
+            widen(raw, to, first=group * columns, interpret=self.g.interpret)
 
 
 def _groups(g: Geometry) -> int:

@@ -11,6 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import MATRIX, ROWS, by_row
 from pallas_kernels.mla_decode.block import Block
+from pallas_kernels.mla_decode.shrink import scale_rows
 from pallas_kernels.mla_decode.work import FIRST, GROUP, PARTIAL, SEEN, TILE, TILES
 
 
@@ -34,11 +35,14 @@ def _item(b: Block, half: int, item: jax.Array, state: Any) -> Any:
     def tile(index: jax.Array, state: Any) -> Any:
         (out, carry), now, number = state, step + 1 + index, step - order + index
         carry = b.before_product(half, now, carry)
-        out = _shrink(b, lax.rem(number, b.prob_slots + 1), out)
+        with jax.named_scope("shrink"):
+            out = _shrink(b, lax.rem(number, b.prob_slots + 1), out)
         slot = lax.rem(number, b.prob_slots)
-        plgpu.barrier_wait(b.signal("probs", slot))  # and so the scores of this tile are done
+        with jax.named_scope("wait"):
+            plgpu.barrier_wait(b.signal("probs", slot))  # and so the scores of this tile are done
         _clear_hidden(b, half, now, seen - (first + index) * TILE)
-        out, carry = b.add(half, now, b.refs.probs.at[slot], carry, out)
+        with jax.named_scope("products"):
+            out, carry = b.add(half, now, b.refs.probs.at[slot], carry, out)
         plgpu.barrier_arrive(b.refs.probs_free.at[slot])
         return out, carry
 
@@ -59,7 +63,7 @@ def _shrink(b: Block, place: jax.Array, out: list[jax.Array]) -> list[jax.Array]
     """alpha O."""
     plgpu.barrier_wait(b.signal("alpha", place))
     alpha = plgpu.load(b.refs.factors.at[place], layout=ROWS)
-    return [o * by_row(alpha, o) for o in out]
+    return scale_rows(alpha, out, b.g.interpret)
 
 
 def _clear_hidden(b: Block, half: int, step: jax.Array, rows: jax.Array) -> None:

@@ -18,6 +18,8 @@ RUNS = 25
 """Samples of each method."""
 SAMPLE_SECONDS = 0.02
 """A wall-clock sample lasts at least this long."""
+BURSTS, REST_SECONDS = 3, 0.3
+"""Of the figures of a card that has rested: how often, and how long before."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,10 +30,13 @@ class Timing:
         wall: wall-clock time of calls enqueued one after the other and waited for once, divided by
             their number: gaps between kernels and, if it is longer, the host's time are in it.
         kernels: sum of the kernels' own times by CUPTI; None where CUPTI cannot be used.
+        rested: likewise in short bursts after a rest, of a card whose clock is not held down by
+            heat and power yet.
     """
 
     wall: "Spread"
     kernels: "Spread | None"
+    rested: "Spread | None" = None
 
     @property
     def best(self) -> "Spread":
@@ -70,10 +75,19 @@ def measure(function: Callable[..., Any], *args: Any, parts: int = 1) -> Timing:
     calls = max(2, int(SAMPLE_SECONDS / (time.perf_counter() - begun)))
     wall = [_wall(compiled, args, calls) / parts for _ in range(RUNS)]
     kernels = _kernels(compiled, args)
+    rested: list[float] = []
+    for _ in range(BURSTS if kernels else 0):
+        time.sleep(REST_SECONDS)
+        rested += _kernels(compiled, args) or []
     return Timing(
         wall=Spread.of(wall),
-        kernels=Spread.of([us / parts for us in kernels]) if kernels else None,
+        kernels=_each(kernels, parts) if kernels else None,
+        rested=_each(rested, parts) if rested else None,
     )
+
+
+def _each(microseconds: list[float], parts: int) -> Spread:
+    return Spread.of([us / parts for us in microseconds])
 
 
 def _wall(compiled: Any, args: tuple[Any, ...], calls: int) -> float:

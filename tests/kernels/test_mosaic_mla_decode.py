@@ -43,6 +43,8 @@ SMALL = cases.Case(
     dtype="bfloat16",
     sharpness=3.0,
 )
+SHARP = dataclasses.replace(SMALL, name="hopper small sharp", sharpness=300.0)
+"""Scores of a tile exceed those before by hundreds of exponents."""
 TENSOR = dataclasses.replace(SMALL, name="hopper small fp8 tensor", latent=256, kv="fp8_tensor")
 
 
@@ -87,6 +89,13 @@ BUGS = {
 def test_suite_sees(bug, monkeypatch):
     with pytest.raises(AssertionError):
         check(BUGS[bug](monkeypatch), SMALL)
+
+
+@on_cpu
+def test_maxima_may_lag_behind(monkeypatch):
+    check(interpreted(), SHARP)
+    with pytest.raises(AssertionError):
+        check(has(scores, "LAG", 1e6)(monkeypatch), SHARP)
 
 
 @full

@@ -118,11 +118,23 @@ def test_times_are_of_one_part(monkeypatch):
     monkeypatch.setattr(bench, "RUNS", 5)
     monkeypatch.setattr(bench, "SAMPLE_SECONDS", 1e-4)
     monkeypatch.setattr(bench, "_kernels", lambda *_: [0.3, 0.1, 0.2])
+    monkeypatch.setattr(bench, "REST_SECONDS", 0.0)
     x = jnp.ones((256, 256))
     whole, third = (bench.measure(lambda x: x @ x, x, parts=p) for p in (1, 3))
     assert whole.wall.samples == 5 and whole.wall.p5 <= whole.wall.median <= whole.wall.p95
     assert whole.best is whole.kernels and whole.kernels.median == 0.2
     assert third.best.median == pytest.approx(0.2 / 3)
+    assert third.rested.median == pytest.approx(0.2 / 3) and third.rested.samples == 9
+
+
+def test_bursts_come_after_a_rest(monkeypatch):
+    done = []
+    monkeypatch.setattr(bench, "RUNS", 2)
+    monkeypatch.setattr(bench, "SAMPLE_SECONDS", 1e-4)
+    monkeypatch.setattr(bench, "_kernels", lambda *_: done.append("burst") or [0.3, 0.1])
+    monkeypatch.setattr(bench.time, "sleep", done.append)
+    bench.measure(lambda x: x + 1, jnp.ones(4))
+    assert done == ["burst", *[bench.REST_SECONDS, "burst"] * bench.BURSTS]
 
 
 def test_without_cupti_the_wall_clock_is_the_best():
