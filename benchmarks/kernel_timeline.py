@@ -8,10 +8,12 @@ of one thread block. Cycles are of the SM.
 
 A tile of 64 cached rows is what a thread block does at a time, so of each phase the median over
 tiles is given, beside the time from one tile to the next and the cycles in which the tensor cores
-could do its products. Warpgroups begin to count at their own first phase.
+could do its products. Warpgroups begin to count at their own first phase. There is room for 36
+phases of each: with sequences of a few tiles, `--kv 256`, they show how one follows on another.
 """
 
 import argparse
+import dataclasses
 import datetime
 import functools
 import json
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.mosaic.gpu import profiler
 from matplotlib.figure import Figure
 
 from benchmarks import kernel_mla_decode as op
@@ -29,11 +32,12 @@ from benchmarks.kernels import chosen_cases
 from dskjax.provenance import source_commit, versions
 from pallas_kernels.mla_decode import mosaic_sm90
 from pallas_kernels.mla_decode.work import TILE
-from pallas_kernels.testing.bench import measure
 
 WARPGROUPS = ("scores", "values, first half", "values, second half")
 FIRST_TILES = 4
 """Tiles of a thread block that are left out: memory is still far behind then."""
+ONCE_A_TILE = ("softmax", "shrink")
+"""Phases that begin a tile, of either kind of warpgroup."""
 PRODUCTS = {"bf16": 2048, "fp8": 4096}
 """Multiplications with addition that the tensor cores of an SM do in a cycle: 989 and 1979 TFLOP/s
 at 1.83 GHz, from the data sheet.
@@ -49,6 +53,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("cases", nargs="+", metavar="CASE", help="of mla_decode, * for any letters")
+    parser.add_argument("--kv", type=int, metavar="N", help="cached rows of every sequence")
     parser.add_argument("--out", type=Path, metavar="DIR", help="for the result and the pictures")
     args = parser.parse_args()
     try:
@@ -59,7 +64,7 @@ def main() -> None:
         parser.error("JAX finds no GPU here, and only a GPU has this clock")
     result: dict[str, Any] = {
         "what": "cycles of the phases of a tile, by warpgroup; median over tiles and thread blocks",
-        "command": "python -m benchmarks.kernel_timeline CASE --out DIR",
+        "command": "python -m benchmarks.kernel_timeline CASE [--kv N] --out DIR",
         "device": jax.devices()[0].device_kind,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": source_commit(),
@@ -67,6 +72,8 @@ def main() -> None:
         "rows": [],
     }
     for _, case in chosen:
+        if args.kv is not None:
+            case = with_rows(case, args.kv)
         row, blocks = run_case(case)
         result["rows"].append(row)
         print(json.dumps(row), flush=True)
@@ -84,7 +91,8 @@ def run_case(case: Any) -> tuple[dict[str, Any], list[list[list[Phase]]]]:
     """The row of a case, and the phases of each warpgroup of each thread block."""
     inputs = op.make(case)
     plain, operands, layers = op.every_layer(mosaic_sm90.mla_decode, case, inputs)
-    usual = measure(plain, *operands, parts=layers).best.median
+    plain = jax.jit(plain)
+    _, usual = profiler.measure(plain, aggregate=False)(*operands)
     with tempfile.TemporaryDirectory() as folder:
         run = functools.partial(mosaic_sm90.mla_decode, timeline=folder)
         traced, operands, layers = op.every_layer(run, case, inputs)
@@ -96,12 +104,26 @@ def run_case(case: Any) -> tuple[dict[str, Any], list[list[list[Phase]]]]:
     steady = [[phases_after(phases, FIRST_TILES) for phases in block] for block in blocks]
     row = {
         "case": str(case),
-        "us": usual,
+        "us": {name: us / layers for name, us in by_kernel(usual or []).items()},
         "cycles_a_tile": period(steady),
         "tensor_core_cycles_a_tile": tensor_cycles(case),
         "phases": {name: medians(b[i] for b in steady) for i, name in enumerate(WARPGROUPS)},
     }
     return row, blocks
+
+
+def with_rows(case: Any, rows: int) -> Any:
+    """The case with as many sequences, all of `rows` cached rows."""
+    name = f"{case.name}, {rows} rows each"
+    return dataclasses.replace(case, name=name, lens=(rows,) * len(case.lens))
+
+
+def by_kernel(times: list[tuple[str, float]]) -> dict[str, float]:
+    """Microseconds by the names of kernels, from milliseconds of launches."""
+    found: dict[str, float] = {}
+    for name, ms in times:
+        found[name] = found.get(name, 0.0) + 1e3 * ms
+    return found
 
 
 def thread_blocks(events: list[dict[str, Any]]) -> list[list[list[Phase]]]:
@@ -125,7 +147,7 @@ def thread_blocks(events: list[dict[str, Any]]) -> list[list[list[Phase]]]:
 
 def phases_after(phases: list[Phase], tiles: int) -> list[Phase]:
     """Without those of the first tiles."""
-    starts = [begin for name, begin, _ in phases if phases and name == phases[0][0]]
+    starts = [begin for name, begin, _ in phases if name in ONCE_A_TILE]
     first = starts[tiles] if len(starts) > tiles else float("inf")
     return [phase for phase in phases if phase[1] >= first]
 

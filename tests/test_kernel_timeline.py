@@ -54,6 +54,17 @@ def test_the_first_tiles_are_left_out():
     assert timeline.phases_after(phases, 2) == [] and timeline.phases_after([], 2) == []
 
 
+def test_launches_of_a_kernel_are_added_up():
+    times = [("a", 0.001), ("b", 0.25), ("a", 0.002)]
+    assert timeline.by_kernel(times) == pytest.approx({"a": 3.0, "b": 250.0})
+
+
+def test_sequences_may_be_given_other_lengths():
+    case = timeline.with_rows(timeline.op.CASES[0], 256)
+    assert set(case.lens) == {256} and len(case.lens) == len(timeline.op.CASES[0].lens)
+    assert "256 rows each" in str(case)
+
+
 def test_products_of_a_tile_at_the_peak():
     sizes = {"latent": 512, "rope": 64}
     bf16 = timeline.tensor_cycles(SimpleNamespace(kv="auto", **sizes))

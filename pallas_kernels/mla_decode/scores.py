@@ -44,7 +44,8 @@ def _item(b: Block, item: jax.Array, step: jax.Array) -> jax.Array:
         b.refs.items[item, column] for column in (GROUP, FIRST, TILES, WHOLE, PARTIAL)
     )
     limits = _limits(b, group)
-    queries, factor = b.take_queries(step, order)
+    with jax.named_scope("queries"):
+        queries, factor = b.take_queries(step, order)
     number = step - order  # of the first tile, counted without the steps that load queries
 
     def tile(index: jax.Array, carry: Any, masked: bool) -> Any:
@@ -57,13 +58,15 @@ def _item(b: Block, item: jax.Array, step: jax.Array) -> jax.Array:
             return top, total, b.scores(queries, step + 2 + index)
 
     lowest = row_values(HIDDEN) * factor
-    carry = lowest, row_values(0.0), b.scores(queries, step + 1)
+    with jax.named_scope("scores"):
+        carry = lowest, row_values(0.0), b.scores(queries, step + 1)
     whole = jnp.minimum(whole, tiles - 1)
     carry = lax.fori_loop(0, whole, functools.partial(tile, masked=False), carry)
     carry = lax.fori_loop(whole, tiles - 1, functools.partial(tile, masked=True), carry)
     top, total, scores = carry
     scores = _mask(scores, limits, (first + tiles - 1) * TILE)
-    top, total = _softmax(b, number + tiles - 1, top, total, scores, factor)
+    with jax.named_scope("softmax"):
+        top, total = _softmax(b, number + tiles - 1, top, total, scores, factor)
 
     # A row without a limit took part in tiles that all others see whole.
     seen = (top > lowest / 2) & (limits > 0)

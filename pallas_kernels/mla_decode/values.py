@@ -30,7 +30,8 @@ def _item(b: Block, half: int, item: jax.Array, state: Any) -> Any:
     group, first, tiles, seen, partial = (
         b.refs.items[item, column] for column in (GROUP, FIRST, TILES, SEEN, PARTIAL)
     )
-    carry = b.begin_item(half, step, order, carry)
+    with jax.named_scope("queries"):
+        carry = b.begin_item(half, step, order, carry)
 
     def tile(index: jax.Array, state: Any) -> Any:
         (out, carry), now, number = state, step + 1 + index, step - order + index
@@ -51,11 +52,12 @@ def _item(b: Block, half: int, item: jax.Array, state: Any) -> Any:
         for part in b.values(half, step)
     ]
     out, carry = lax.fori_loop(0, tiles, tile, (zero, carry))
-    place = lax.rem(order, b.prob_slots + 1)
-    plgpu.barrier_wait(b.signal("norm", place))
-    norm = plgpu.load(b.refs.factors.at[b.prob_slots + 1 + place], layout=ROWS)
-    out = [b.normed(o, by_row(norm, o)) for o in out]
-    _store(b, half, step + tiles, group, partial, out)
+    with jax.named_scope("results"):
+        place = lax.rem(order, b.prob_slots + 1)
+        plgpu.barrier_wait(b.signal("norm", place))
+        norm = plgpu.load(b.refs.factors.at[b.prob_slots + 1 + place], layout=ROWS)
+        out = [b.normed(o, by_row(norm, o)) for o in out]
+        _store(b, half, step + tiles, group, partial, out)
     return step + 1 + tiles, carry
 
 
