@@ -16,7 +16,7 @@ from pallas_kernels.mla_decode.plan import with_work
 from pallas_kernels.testing import assert_close, call, distinct, jit
 from pallas_kernels.testing.interpret import PARAMETERS, interpret
 from tests.oracles import attention, formats
-from tests.tolerances import OP
+from tests.tolerances import FP8_LATENTS_IN_BF16, OP
 
 IMPLS = distinct(api.IMPLEMENTATIONS)
 CASES = {case.name: case for case in cases.CASES}
@@ -84,9 +84,15 @@ def answer(impl, case, seed=0):
     return run(impl)(**expected(case, seed)[0])
 
 
-def check(op, case, seed=0):
+def recipe(impl, case):
+    """The tolerance of an implementation: plain JAX makes bf16 of fp8 latents, the kernel fp16."""
+    plain = impl != "mosaic_sm90" and case.kv == "fp8" and case.dtype == "bfloat16"
+    return FP8_LATENTS_IN_BF16 if plain else OP[case.dtype]
+
+
+def check(op, case, seed=0, tolerance=None):
     args, want_out, want_lse = expected(case, seed)
     out, lse = op(**args)
     assert out.dtype == args["q_latent"].dtype and lse.dtype == jnp.float32
-    assert_close(out, want_out, OP[case.dtype], "out")
-    assert_close(lse, want_lse, OP[case.dtype], "lse")
+    assert_close(out, want_out, tolerance or OP[case.dtype], "out")
+    assert_close(lse, want_lse, tolerance or OP[case.dtype], "lse")
