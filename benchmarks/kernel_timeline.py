@@ -114,7 +114,7 @@ def run_case(case: Any) -> tuple[dict[str, Any], list[list[list[Phase]]]]:
 
 def with_rows(case: Any, rows: int) -> Any:
     """The case with as many sequences, all of `rows` cached rows."""
-    name = f"{case.name} with {rows} rows each"
+    name = f"{case.name} with {rows} rows"
     return dataclasses.replace(case, name=name, lens=(rows,) * len(case.lens))
 
 
