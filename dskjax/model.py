@@ -24,6 +24,7 @@ from dskjax.expert_parallel import Exchange
 from dskjax.layers.block import Block
 from dskjax.layers.norm import RmsNorm
 from dskjax.layers.rope import rope_tables
+from dskjax.lookup import lookup
 from dskjax.mtp import MtpModule
 from dskjax.params import Params, WeightSpec, abstract, bind, initialise, is_spec, specs_of
 from pallas_kernels import MlaPrefillPlan
@@ -97,28 +98,14 @@ class TrunkOutput(NamedTuple):
     embedded: jax.Array
 
 
-def embed(params: Params, token_ids: Int[Array, "*T"]) -> Float[Array, "*T D"]:
-    """Token embeddings. Ids outside the vocabulary give NaN rows, so that a wrong tokenizer cannot
-    pass unnoticed.
+def embed(
+    params: Params, token_ids: Int[Array, "*T"], *, sharding: Sharding | None = None
+) -> Float[Array, "*T D"]:
+    """Token embeddings. Ids outside the vocabulary give NaN rows; with `sharding`, gradients are
+    added on each device alone (`dskjax.lookup`).
     """
     with jax.named_scope("embed"):
-        return _lookup(params["embed_tokens"]["weight"], token_ids)
-
-
-@jax.custom_vjp
-def _lookup(weight: jax.Array, token_ids: jax.Array) -> jax.Array:
-    inside = jnp.where(token_ids < 0, weight.shape[0], token_ids)  # -1 would mean the last row
-    return jnp.take(weight, inside, axis=0, mode="fill", fill_value=jnp.nan)
-
-
-def _lookup_backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, None]:
-    weight, token_ids = saved
-    # fp32: a bf16 sum over the thousands of places of a frequent token would stop growing.
-    total = jnp.zeros(weight.shape, jnp.float32).at[token_ids].add(grad.astype(jnp.float32))
-    return total.astype(weight.dtype), None
-
-
-_lookup.defvjp(lambda weight, ids: (_lookup(weight, ids), (weight, ids)), _lookup_backward)
+        return lookup(params["embed_tokens"]["weight"], token_ids, sharding is not None)
 
 
 def head(
@@ -205,7 +192,7 @@ def trunk(
         x, _, chosen = block(x, attend, real, impl=impl, exchange=exchange, sharding=sharding)
         return x, (x if capture else None, chosen)
 
-    embedded = embed(params, tokens)
+    embedded = embed(params, tokens, sharding=sharding)
     x = embedded.reshape(-1, cfg.hidden_size)
     captured, chosen = [], None
     for name, experts in (("dense_layers", False), ("moe_layers", True)):
@@ -305,7 +292,8 @@ def mtp_chain(
         shifted = jnp.pad(tokens[:, k:], ((0, 0), (0, k)))
         if detach:
             h = jax.lax.stop_gradient(h)
-        h, experts = remat_of(module, remat)(weights, embed(params, shifted.reshape(-1)), h)
+        embedded = embed(params, shifted.reshape(-1), sharding=sharding)
+        h, experts = remat_of(module, remat)(weights, embedded, h)
         out.hidden.append(h.reshape(*shape, -1))
         out.experts.append(experts.reshape(*shape, -1))
     return out

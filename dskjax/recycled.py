@@ -102,7 +102,8 @@ def mtp_recycled(
         if detach:
             h, earlier = jax.lax.stop_gradient((h, earlier))
         run = remat_of(module, remat)
-        h, keys, experts = run(embed(params, shifted.reshape(-1)), h, earlier, tables)
+        embedded = embed(params, shifted.reshape(-1), sharding=sharding)
+        h, keys, experts = run(embedded, h, earlier, tables)
         earlier = [*earlier, keys]
         out.hidden.append(h.reshape(*shape, -1))
         out.experts.append(experts.reshape(*shape, -1))

@@ -37,6 +37,21 @@ def for_hopper() -> Iterator[None]:
         _FOR_HOPPER.reset(token)
 
 
+_ORDER_IS_KEPT = contextvars.ContextVar("order_is_kept", default=False)
+
+
+def keep_order() -> None:
+    """From here on in this context no implementation runs whose sums have another order, and other
+    bits, every time: to be called before anything is traced.
+    """
+    _ORDER_IS_KEPT.set(True)
+
+
+def order_is_kept() -> bool:
+    """Whether `keep_order` was called."""
+    return _ORDER_IS_KEPT.get()
+
+
 def _on_gpu() -> bool:
     return _FOR_HOPPER.get() or jax.default_backend() == "gpu"
 

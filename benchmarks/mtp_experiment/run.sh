@@ -19,7 +19,7 @@ held_out() { # KIND... of a split, as options
 # shellcheck disable=SC2046
 dskjax pretrain --model benchmarks/mtp_experiment --tokenizer examples/tiny-deepseek \
     --data corpus/train --out runs/mtp-trunk --steps 1200 --batch-size 64 --seq-len 1024 \
-    --lr 1.2e-3 --warmup 150 --save-every 1000000 --log-every 10 --max-minutes 5.78 \
+    --lr 1.2e-3 --warmup 150 --save-every 1000000 --log-every 10 --deterministic \
     $(held_out valid code-python code-other tech-prose prose math reasoning)
 
 # 2. What the trunk writes itself, at most 6.3M tokens, for the on-policy rows. It wrote 4,089,102
@@ -38,4 +38,4 @@ dskjax train-mtp study runs/mtp-trunk/model --table benchmarks/mtp_experiment/ta
     --data-set on-policy=runs/on-policy/reasoning.jsonl --out runs/mtp-study \
     --cache-dir runs/mtp-trunk/tokens --steps 250 --batch-size 16 --seq-len 1024 --lr 1e-3 \
     --warmup 20 --top-k 256 --log-every 10 --prompts 96 --prompt-tokens 64 --max-tokens 64 \
-    --stride 768 --max-minutes 9 $(held_out test code-python code-other tech-prose prose reasoning)
+    --stride 768 --max-minutes 12 --deterministic $(held_out test code-python code-other tech-prose prose reasoning)

@@ -1,6 +1,7 @@
 """What the commands share: the app, options with a meaning of their own, and loading a model."""
 
 import enum
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,6 +41,13 @@ DtypeOption = Annotated[
 ImplOption = Annotated[
     str, typer.Option(help="Implementation of every op: auto, reference or xla.")
 ]
+DeterministicOption = Annotated[
+    bool,
+    typer.Option(
+        "--deterministic",
+        help="On one GPU too, the same bits in every run: sums in one order, nothing autotuned.",
+    ),
+]
 RuleOption = Annotated[
     str,
     typer.Option(
@@ -56,6 +64,17 @@ def chosen_rule(rule: str, temperature: float) -> Any:
     if rule == "auto":
         rule = "strict" if temperature == 0 else "rejection"
     return RuleOptions.parse(rule)
+
+
+def compile_one_way() -> None:
+    """Has a program take the same kernels in every process, and none that adds in the order of
+    arrival: products by cuBLAS, the first way it names. To be called before the first array.
+    """
+    from pallas_kernels.select import keep_order
+
+    flags = ("--xla_gpu_autotune_level=0", "--xla_gpu_enable_triton_gemm=false")
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()
+    keep_order()
 
 
 def write(text: str) -> None:

@@ -10,6 +10,7 @@ from rich.progress import Progress
 
 from dskjax.cli.common import (
     DequantiseOption,
+    DeterministicOption,
     Dtype,
     DtypeOption,
     ImplOption,
@@ -17,6 +18,7 @@ from dskjax.cli.common import (
     RevisionOption,
     RuleOption,
     chosen_rule,
+    compile_one_way,
     err,
     find,
     load,
@@ -74,10 +76,13 @@ def run(
         bool, typer.Option(help="Also write the metrics to OUT/tensorboard.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Of weights and data order.")] = 0,
+    deterministic: DeterministicOption = False,
     dequantise: DequantiseOption = False,
     impl: ImplOption = "auto",
 ) -> None:
     """Train MTP modules over a frozen trunk; resumes by itself, exports to OUT/model."""
+    if deterministic:
+        compile_one_way()
     import jax
 
     from train_mtp.heads.config import HeadsConfig

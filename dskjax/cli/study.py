@@ -5,7 +5,15 @@ from typing import Annotated, Any
 
 import typer
 
-from dskjax.cli.common import DequantiseOption, Dtype, ImplOption, err, train_mtp
+from dskjax.cli.common import (
+    DequantiseOption,
+    DeterministicOption,
+    Dtype,
+    ImplOption,
+    compile_one_way,
+    err,
+    train_mtp,
+)
 
 
 @train_mtp.command()
@@ -51,11 +59,14 @@ def study(
         Path | None, typer.Option(help="Where tokenised text is kept. Default: OUT/tokens.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of variants that list none.")] = 0,
+    deterministic: DeterministicOption = False,
     keep: Annotated[bool, typer.Option(help="Export each variant to OUT/VARIANT/model.")] = False,
     dequantise: DequantiseOption = False,
     impl: ImplOption = "auto",
 ) -> None:
     """Train every variant of a table on the same trunk passes, and measure what each drafts."""
+    if deterministic:
+        compile_one_way()
     import jax
 
     from train_mtp.heads.config import HeadsConfig

@@ -6,9 +6,11 @@ from typing import Annotated
 import typer
 
 from dskjax.cli.common import (
+    DeterministicOption,
     Dtype,
     ImplOption,
     app,
+    compile_one_way,
     err,
 )
 
@@ -49,9 +51,12 @@ def pretrain(
         bool, typer.Option(help="Also write the metrics to OUT/tensorboard.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Of weights and data order.")] = 0,
+    deterministic: DeterministicOption = False,
     impl: ImplOption = "auto",
 ) -> None:
     """Train a model and its MTP modules on text; resumes by itself, exports to OUT/model."""
+    if deterministic:
+        compile_one_way()
     import jax
 
     from train_mtp.config import PretrainConfig

@@ -13,8 +13,14 @@ block.
 """
 ITEM_COST = 2
 """What beginning and ending an item costs, in tiles."""
-SPLIT_COST = 4
-"""What a second pass over split groups costs, in tiles."""
+SPLIT_COST = 3
+"""What a second pass over split groups costs at least, in tiles."""
+PIECE_COST = 1
+"""What each partial result of a group costs that pass, and who writes it, in tiles."""
+SPARED = 8
+"""As many workers may get nothing, if the others' shares then end where groups do, or halves of
+groups.
+"""
 LOOK_AHEAD = 4
 """Entries after the last step that a kernel may read."""
 MIN_COST = 6
@@ -59,8 +65,8 @@ def share_out(
 ) -> Work:
     """Cuts the tiles of all groups into about equal shares.
 
-    A cut is moved to the nearest edge of a group if that lengthens the longest share by no more
-    than combining partial results would cost.
+    Of even shares for all workers and for some fewer, with cuts wherever they fall and with cuts
+    moved to the nearest edge of a group, those are taken that end first, partial results included.
 
     Args:
         visible: cached rows each query row of a group sees; 0 or less for none.
@@ -77,14 +83,14 @@ def share_out(
 
     begins, total = jnp.concatenate([firsts[:-1], cuts[:-1]]), firsts[-1]
     begins = jnp.unique(begins, size=begins.size, fill_value=total)
-    group = jnp.minimum(jnp.searchsorted(firsts, begins, side="right"), tiles.size) - 1
+    group = jnp.minimum(_rank(firsts, begins, "right"), tiles.size) - 1
     first, count = begins - firsts[group], jnp.append(begins[1:], total) - begins
     seen_by_all = jnp.where(visible > 0, visible, rows[:, None]).min(axis=1) // TILE
     whole = jnp.clip(seen_by_all[group] - first, 0, count)
     split = (count > 0) & (count < tiles[group])
     partial = jnp.where(split, jnp.cumsum(split) - 1, -1)
     steps = _starts(jnp.where(count > 0, count + 1, 0))
-    item = jnp.searchsorted(begins, cuts)
+    item = _rank(begins, cuts, "left")
     return Work(
         workers=_i32(item, steps[item]),
         items=_i32(group, first, count, whole, rows[group], partial),
@@ -97,6 +103,13 @@ def _starts(sizes: Int[Array, " N"]) -> Int[Array, " N+1"]:
     return jnp.concatenate([jnp.zeros(1, sizes.dtype), jnp.cumsum(sizes)])
 
 
+def _rank(
+    ascending: Int[Array, " N"], values: Int[Array, "*M"], side: typing.Literal["left", "right"]
+) -> Int[Array, "*M"]:
+    """Where values would go. All are compared at once: a search is a loop of launches on a GPU."""
+    return jnp.searchsorted(ascending, values, side=side, method="compare_all")
+
+
 def _i32(*columns: Int[Array, " N"]) -> Int[Array, "N _"]:
     return jnp.stack(columns, axis=1).astype(jnp.int32)
 
@@ -104,14 +117,29 @@ def _i32(*columns: Int[Array, " N"]) -> Int[Array, "N _"]:
 def _cuts(tiles: Int[Array, " G"], firsts: Int[Array, " G+1"], workers: int) -> Int[Array, " _"]:
     """[W + 1]: the first tile of each worker, and the number of tiles."""
     costs = _starts(tiles + ITEM_COST)
-    share = jnp.maximum(-(-costs[-1] // workers), MIN_COST)
-    marks = jnp.minimum(jnp.arange(workers + 1) * share, costs[-1])
-    group = jnp.searchsorted(costs[1:-1], marks, side="right")
+    counts = workers - jnp.arange(min(SPARED, workers - 1) + 1)
+    shares = jnp.maximum(-(-costs[-1] // counts), MIN_COST)
+    marks = jnp.minimum(jnp.arange(workers + 1) * shares[:, None], costs[-1])
+    group = _rank(costs[1:-1], marks, "right")
     inside = marks - costs[group]
     exact = firsts[group] + jnp.clip(inside - ITEM_COST, 0, tiles[group])
-    edge = group + (2 * inside > tiles[group] + ITEM_COST)
-    longest = jnp.diff(costs[edge]).max()
-    return jnp.where(longest <= share + SPLIT_COST, firsts[edge], exact)
+    edge = firsts[group + (2 * inside > tiles[group] + ITEM_COST)]
+    choices = jnp.concatenate([edge, exact])
+    return choices[jnp.argmin(jax.vmap(_price, in_axes=(0, None))(choices, firsts))]
+
+
+def _price(cuts: Int[Array, " _"], firsts: Int[Array, " _"]) -> Int[Array, ""]:
+    """When the last worker ends and partial results are combined, in tiles."""
+    begin, end = cuts[:-1], cuts[1:]
+    first = _rank(firsts, begin, "right") - 1
+    last = _rank(firsts, end, "left") - 1
+    items = jnp.where(end > begin, last - first + 1, 0)
+    opens = (end > begin) & (begin > firsts[first])  # the first item is not whole
+    closes = (end > begin) & (end < firsts[jnp.minimum(last + 1, firsts.size - 1)])
+    partials = opens.astype(jnp.int32) + (closes & ~(opens & (items == 1)))
+    longest = (end - begin + ITEM_COST * items + PIECE_COST * partials).max()
+    pieces = jnp.zeros(firsts.size, jnp.int32).at[first].add(opens).max() + 1
+    return longest + jnp.where(pieces > 1, SPLIT_COST + PIECE_COST * pieces, 0)
 
 
 def _loads(

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.mla_prefill.block_list import BlockList
 from pallas_kernels.mla_prefill.plan import MlaPrefillPlan
+from pallas_kernels.select import order_is_kept
 
 
 def supports(
@@ -28,6 +29,8 @@ def supports(
     width = q_nope.shape[-1] + q_rope.shape[-1]
     if jax.default_backend() != "gpu":
         return "cuDNN needs an NVIDIA GPU"
+    if order_is_kept():
+        return "cuDNN adds gradients in no fixed order"
     if with_lse:
         return "cuDNN returns the log-sum-exp in 16 bits only"
     if blocks is not None:

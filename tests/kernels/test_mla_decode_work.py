@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.mla_decode import work
-from pallas_kernels.mla_decode.work import ITEM_COST, MIN_COST, SPLIT_COST, TILE
+from pallas_kernels.mla_decode.work import ITEM_COST, MIN_COST, PIECE_COST, SPLIT_COST, TILE
 from pallas_kernels.testing import jit
 
 WIDTH, GROUPS, QUERIES, SMS = 6, 7, 2, 4
@@ -76,8 +76,9 @@ def test_every_tile_is_seen_once_and_shares_are_even(lens):
     found, visible, pages = shared(lens)
     check(found, visible, pages, lens)
     even = -(-sum(tiles_of(n) + ITEM_COST for n in lens) // SMS)
-    # A group that is cut costs its beginning twice.
-    assert max(shares(found)) <= max(even, MIN_COST) + max(SPLIT_COST, ITEM_COST)
+    # Shares that are cut evenly begin a group twice, and no worker gets more than they cost.
+    combined = SPLIT_COST + PIECE_COST * SMS
+    assert max(shares(found)) <= max(even, MIN_COST) + ITEM_COST + 2 * PIECE_COST + combined
 
 
 @pytest.mark.parametrize(
@@ -92,6 +93,21 @@ def test_groups_are_cut_only_where_it_pays():
     assert (shared([LONG] * 8, width=20, sms=4)[0].splits[:, 0] == -1).all()  # two for each worker
     assert (shared([LONG] * 2, width=20, sms=4)[0].splits[:, 0] >= 0).sum() == 2  # half of one
     assert (shared([384] * 2, sms=4)[0].splits[:, 0] == -1).all()  # too short to be worth it
+
+
+def test_fewer_workers_may_cut_groups_into_fewer_pieces():
+    """32 sequences of 128 tiles: two workers each, not 66 shares that end within sequences."""
+    lens = [128 * TILE] * 32
+    found, visible, pages = shared(lens, width=128, sms=132, row_tiles=2)
+    check(found, visible, pages, lens)
+    assert (found.splits[:32, 2] == 2).all() and (found.splits[32:, 0] == -1).all()
+    assert max(shares(found)) - ITEM_COST in (64, 65)
+
+
+def test_whole_groups_are_taken_where_pieces_save_less_than_they_cost():
+    """128 sequences for 33 workers: four each is 3 % more than an even share."""
+    found, *_ = shared([64 * TILE] * 128, width=64, sms=132, row_tiles=4)
+    assert (found.splits[:, 0] == -1).all() and max(shares(found)) == 4 * (64 + ITEM_COST)
 
 
 def test_thread_blocks_of_a_worker_share_the_gpu():

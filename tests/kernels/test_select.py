@@ -1,5 +1,6 @@
 """Choosing an implementation by name or reasons; and masked softmax, which all of them share."""
 
+import contextvars
 import importlib
 import logging
 
@@ -8,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import select
+from pallas_kernels import MlaPrefillPlan, select
+from pallas_kernels.mla_prefill import cudnn
 from pallas_kernels.select import Implementation, choose
 from pallas_kernels.softmax import masked_softmax
 
@@ -114,3 +116,22 @@ def test_arrays_are_whole_where_every_mesh_axis_is_manual():
     ask("outside")(None)
     assert found["all"] is None and found["one device"] is None
     assert found["some"] and found["outside"]
+
+
+def test_cudnn_is_not_taken_where_order_is_kept(monkeypatch):
+    """Its gradients are added as they come, so training would give other bits every time."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    x = jnp.zeros((64, 2, 96), jnp.bfloat16)
+    ones = jnp.ones(64, jnp.int32)
+    plan = MlaPrefillPlan(ones, ones, ones, ones, rows=2, same_rows=True)
+
+    def refused():
+        return cudnn.supports(x, x[..., :32], x, x[:, 0, :32], x, plan, with_lse=False)
+
+    def kept():
+        select.keep_order()
+        return refused()
+
+    assert refused() is None
+    assert "no fixed order" in contextvars.copy_context().run(kept)
+    assert refused() is None
