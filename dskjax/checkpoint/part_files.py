@@ -20,6 +20,8 @@ from dskjax.params import named_leaves, tree_of
 from pallas_kernels.quant import QTensor
 
 _CHUNK_BYTES = 64 << 20
+_MANIFEST, _MANIFEST_BEGINS = "manifest.ocdbt", bytes.fromhex("0cdb3a2a")
+"""The file that Orbax' arrays hang on, and how every one begins (TensorStore, OCDBT format)."""
 
 
 @contextlib.contextmanager
@@ -114,6 +116,10 @@ class PartReader:
 
     def _check(self, path: Path, wanted: Mapping[str, Any]) -> None:
         with as_checkpoint_error(path):
+            # Otherwise Orbax begins to read every array, and gives up at the first.
+            with (path / _MANIFEST).open("rb") as file:
+                if file.read(len(_MANIFEST_BEGINS)) != _MANIFEST_BEGINS:
+                    raise CheckpointError(f"{_MANIFEST} is no manifest")
             tree = getattr(self._orbax.metadata(path).item_metadata, "tree", None)
             if tree is None:
                 raise CheckpointError("Orbax finds no arrays in it")

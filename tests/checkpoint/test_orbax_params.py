@@ -1,10 +1,8 @@
 """Orbax folders of params: the same bits on any mesh, layer by layer; damage is named."""
 
-import gc
 import json
 import os
 import shutil
-import time
 
 import jax
 import ml_dtypes
@@ -287,14 +285,11 @@ def test_damage_is_named(kind, saved, tmp_path):
         load_params(tmp_path / "a")
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("name", ["_METADATA", "manifest.ocdbt"])
 def test_garbage_of_the_right_size_is_named(name, saved, tmp_path):
-    """Orbax gives up at the first array; what it began to read of others ends without it."""
+    """Before Orbax begins to read arrays: what it began would end after it has given up."""
     shutil.copytree(saved[0], tmp_path / "a")
     file = tmp_path / "a" / "layer-00001" / name
     file.write_bytes(b"\xff" * file.stat().st_size)
     with pytest.raises(CheckpointError, match="layer-00001: cannot be restored"):
         load_params(tmp_path / "a")
-    time.sleep(0.3)
-    gc.collect()
