@@ -1,7 +1,7 @@
 #!/bin/sh
-# The MTP experiment (docs/mtp_experiment.md) on one GPU: three steps. On an H200 the first took 156 s
-# of training, to which compilation and validation are to be added, and the third 381 s in all; the
-# second was not timed. An H100 had taken 203 s to train an earlier trunk of the same command. It
+# The MTP experiment (docs/mtp_experiment.md) on one GPU: three steps. On an H100 the first took 185 s
+# of training, compilation included, to which reading the text and validation are to be added; the
+# third 368 s in all, with the second less than ten minutes, beside another run on the same card. It
 # needs a folder `corpus`, from scripts/prepare_corpus.py --data DATA --out corpus; of its training
 # files train-00, train-01 and reasoning were used. Then
 #     dskjax train-mtp study-report runs/mtp-study/study.json --out docs/mtp_experiment.md
@@ -15,15 +15,16 @@ held_out() { # KIND... of a split, as options
     done
 }
 
-# 1. The trunk. Its record: `trunk` in benchmarks/results/mtp-experiment.json.
+# 1. The trunk, the same bits every time. Its record: `trunk` in
+# benchmarks/results/mtp-experiment.json, and mtp-trunk-twice.json beside it.
 # shellcheck disable=SC2046
 dskjax pretrain --model benchmarks/mtp_experiment --tokenizer examples/tiny-deepseek \
     --data corpus/train --out runs/mtp-trunk --steps 1200 --batch-size 64 --seq-len 1024 \
     --lr 1.2e-3 --warmup 150 --save-every 1000000 --log-every 10 --deterministic \
     $(held_out valid code-python code-other tech-prose prose math reasoning)
 
-# 2. What the trunk writes itself, at most 6.3M tokens, for the on-policy rows. It wrote 4,089,102
-# tokens after texts and 289,348 after questions.
+# 2. What the trunk writes itself, at most 6.3M tokens, for the on-policy rows. It wrote 4,083,096
+# tokens after texts and 286,402 after questions.
 generate="dskjax train-mtp generate-data runs/mtp-trunk/model --temperature 1"
 generate="$generate --max-tokens 512 --batch 1024"
 $generate --prompts corpus/train/train-00.txt.xz --prompts corpus/train/train-01.txt.xz \
@@ -38,4 +39,5 @@ dskjax train-mtp study runs/mtp-trunk/model --table benchmarks/mtp_experiment/ta
     --data-set on-policy=runs/on-policy/reasoning.jsonl --out runs/mtp-study \
     --cache-dir runs/mtp-trunk/tokens --steps 250 --batch-size 16 --seq-len 1024 --lr 1e-3 \
     --warmup 20 --top-k 256 --log-every 10 --prompts 96 --prompt-tokens 64 --max-tokens 64 \
-    --stride 768 --max-minutes 12 --deterministic $(held_out test code-python code-other tech-prose prose reasoning)
+    --stride 768 --max-minutes 12 --deterministic \
+    $(held_out test code-python code-other tech-prose prose reasoning)
