@@ -4,9 +4,7 @@ One test starts the server as a process, as a user does.
 """
 
 import contextlib
-import contextvars
 import json
-import os
 import re
 import signal
 import socket
@@ -185,24 +183,6 @@ def test_ids_that_are_no_array_are_refused(dskjax, tmp_path, content):
 
 
 # ------------------------------------------------------------------ convert, models by name
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["pretrain", "--tokenizer", str(EXAMPLE)],
-        ["train-mtp", "run", str(EXAMPLE)],
-        ["train-mtp", "study", str(EXAMPLE), "--table", "none.json", "--eval-data", "none.txt"],
-    ],
-    ids=["pretrain", "run", "study"],
-)
-def test_deterministic_runs_are_compiled_one_way(dskjax, monkeypatch, tmp_path, command):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_one")
-    wanted = [*command, "--data", "none.txt", "--out", str(tmp_path)]
-    assert contextvars.copy_context().run(dskjax, *wanted)[0] == 2
-    assert os.environ["XLA_FLAGS"] == "--xla_one"
-    assert contextvars.copy_context().run(dskjax, *wanted, "--deterministic")[0] == 2
-    assert os.environ["XLA_FLAGS"].startswith("--xla_one --xla_gpu_autotune_level=0 ")
 
 
 def test_convert_there_and_back(dskjax, tmp_path):

@@ -66,15 +66,30 @@ def chosen_rule(rule: str, temperature: float) -> Any:
     return RuleOptions.parse(rule)
 
 
-def compile_one_way() -> None:
+def compile_one_way(mesh: str) -> None:
     """Has a program take the same kernels in every process, and none that adds in the order of
     arrival: products by cuBLAS, the first way it names. To be called before the first array.
+
+    Args:
+        mesh: as for `dskjax.mesh.sharding_of`.
+
+    Raises:
+        ValueError: several GPUs, which add up gradients in an order of their own.
     """
+    import jax
+
+    from dskjax.mesh import sharding_of
     from pallas_kernels.select import keep_order
 
     flags = ("--xla_gpu_autotune_level=0", "--xla_gpu_enable_triton_gemm=false")
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()
     keep_order()
+    sharding = sharding_of(mesh, "data")
+    if sharding is not None and jax.default_backend() == "gpu":
+        raise ValueError(
+            f"--deterministic holds on one GPU, and the mesh has {sharding.mesh.size}: give "
+            "--mesh dp=1, or leave it out"
+        )
 
 
 def write(text: str) -> None:

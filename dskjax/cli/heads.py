@@ -82,7 +82,7 @@ def run(
 ) -> None:
     """Train MTP modules over a frozen trunk; resumes by itself, exports to OUT/model."""
     if deterministic:
-        compile_one_way()
+        compile_one_way(mesh)
     import jax
 
     from train_mtp.heads.config import HeadsConfig

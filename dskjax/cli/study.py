@@ -66,7 +66,7 @@ def study(
 ) -> None:
     """Train every variant of a table on the same trunk passes, and measure what each drafts."""
     if deterministic:
-        compile_one_way()
+        compile_one_way("dp=1")
     import jax
 
     from train_mtp.heads.config import HeadsConfig

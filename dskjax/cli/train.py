@@ -56,7 +56,7 @@ def pretrain(
 ) -> None:
     """Train a model and its MTP modules on text; resumes by itself, exports to OUT/model."""
     if deterministic:
-        compile_one_way()
+        compile_one_way(mesh)
     import jax
 
     from train_mtp.config import PretrainConfig
