@@ -70,16 +70,21 @@ def added_in_order(
     """
     order = jnp.argsort(ids_t)
     sorted_t = ids_t[order]
-    changes = sorted_t[1:] != sorted_t[:-1]
-    first_t, last_t = (jnp.pad(changes, pad, constant_values=True) for pad in ((1, 0), (0, 1)))
+    first_t = jnp.pad(sorted_t[1:] != sorted_t[:-1], (1, 0), constant_values=True)
     _, sums_td = jax.lax.associative_scan(
         _join, (first_t[:, None], grad_td[order].astype(jnp.float32))
     )
-    used_t = last_t & (sorted_t >= 0) & (sorted_t < rows)
-    # Every place is written once; those beyond the table are dropped.
-    where_t = jnp.where(used_t, sorted_t, rows + jnp.arange(ids_t.size))
     total = jnp.zeros((rows, grad_td.shape[1]), jnp.float32)
-    return total.at[where_t].set(sums_td, mode="drop", unique_indices=True)
+    return total.at[places(sorted_t, rows)].set(sums_td, mode="drop", unique_indices=True)
+
+
+def places(sorted_t: Int[Array, " T"], rows: int) -> Int[Array, " T"]:
+    """Where what is summed up to each of the sorted ids is written, no two at the same place: with
+    the last of each id to its row, all else beyond the table's `rows`.
+    """
+    last_t = jnp.pad(sorted_t[1:] != sorted_t[:-1], (0, 1), constant_values=True)
+    used_t = last_t & (sorted_t >= 0) & (sorted_t < rows)
+    return jnp.where(used_t, sorted_t, rows + jnp.arange(sorted_t.size))
 
 
 def _join(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dskjax.lookup import added_in_order, lookup
+from dskjax.lookup import added_in_order, lookup, places
 
 
 def added(grad: np.ndarray, ids: np.ndarray, rows: int) -> np.ndarray:
@@ -29,6 +29,10 @@ def test_sums_by_id(ids: list[int], rows: int, seed: int):
     got = added_in_order(jnp.asarray(grad), jnp.asarray(ids), rows)
     assert got.dtype == jnp.float32
     np.testing.assert_array_equal(got, added(grad, np.asarray(ids), rows))
+    # Threads that wrote to the same place would do so in any order.
+    where = np.asarray(places(jnp.sort(jnp.asarray(ids)), rows))
+    assert len(set(where.tolist())) == len(ids)
+    assert set(where[where < rows]) == {i for i in ids if 0 <= i < rows}
 
 
 def test_bf16_is_added_in_fp32():
