@@ -33,6 +33,15 @@ def as_checkpoint_error(place: Path) -> Iterator[None]:
         raise CheckpointError(f"{place}: cannot be restored ({str(error)[:300]})") from error
 
 
+def check_manifest(path: Path) -> None:
+    """Raises CheckpointError unless what the arrays in a folder of Orbax' hang on can be that.
+    Without it Orbax begins to read every array, gives up at the first, and the others complain.
+    """
+    with (path / _MANIFEST).open("rb") as file:
+        if file.read(len(_MANIFEST_BEGINS)) != _MANIFEST_BEGINS:
+            raise CheckpointError(f"{_MANIFEST} is no manifest")
+
+
 def write_part(path: Path, weights: Mapping[str, HostWeight]) -> None:
     """Writes a part that does not exist yet; it appears complete or not at all.
 
@@ -116,10 +125,7 @@ class PartReader:
 
     def _check(self, path: Path, wanted: Mapping[str, Any]) -> None:
         with as_checkpoint_error(path):
-            # Otherwise Orbax begins to read every array, and gives up at the first.
-            with (path / _MANIFEST).open("rb") as file:
-                if file.read(len(_MANIFEST_BEGINS)) != _MANIFEST_BEGINS:
-                    raise CheckpointError(f"{_MANIFEST} is no manifest")
+            check_manifest(path)
             tree = getattr(self._orbax.metadata(path).item_metadata, "tree", None)
             if tree is None:
                 raise CheckpointError("Orbax finds no arrays in it")

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from dskjax.checkpoint.part_files import as_checkpoint_error
+from dskjax.checkpoint.part_files import as_checkpoint_error, check_manifest
 from dskjax.checkpoint.safetensors import CheckpointError
 
 _STATE, _MANIFEST = "state", "manifest"
@@ -236,6 +236,7 @@ def _restore(place: Path, like: Any, read: Any) -> tuple[Any, dict[str, Any]]:
             f"{place}: leaf {extra[0]!r}: expected none, found {stored[extra[0]]}"
         )
     with as_checkpoint_error(place):
+        check_manifest(place / _STATE)
         plain = {name: _as_stored(leaf) for name, leaf in wanted.items()}
         placed = ocp.checkpoint_utils.construct_restore_args(plain)
         args = ocp.args.PyTreeRestore(plain, restore_args=placed)

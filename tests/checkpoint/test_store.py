@@ -233,6 +233,15 @@ def test_lost_and_cut_files_are_an_error(tmp_path):
     assert len(refused) >= 6, refused
 
 
+def test_a_manifest_that_is_none_is_told_before_arrays_are_read(tmp_path):
+    """What Orbax began to read of the others would end after it has given up, with tracebacks."""
+    save(tmp_path / "a", SMALL)
+    manifest = tmp_path / "a" / "state" / "manifest.ocdbt"
+    manifest.write_bytes(b"\xff" * manifest.stat().st_size)
+    with pytest.raises(CheckpointError, match="a: cannot be restored .*is no manifest"):
+        restore(tmp_path / "a", SMALL)
+
+
 WRITER = """
     import os, sys
     import jax, jax.numpy as jnp
