@@ -17,7 +17,9 @@ import dataclasses
 import datetime
 import functools
 import json
+import shlex
 import statistics
+import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -64,7 +66,7 @@ def main() -> None:
         parser.error("JAX finds no GPU here, and only a GPU has this clock")
     result: dict[str, Any] = {
         "what": "cycles of the phases of a tile, by warpgroup; median over tiles and thread blocks",
-        "command": "python -m benchmarks.kernel_timeline CASE [--kv N] --out DIR",
+        "command": shlex.join(["python", "-m", "benchmarks.kernel_timeline", *sys.argv[1:]]),
         "device": jax.devices()[0].device_kind,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": source_commit(),

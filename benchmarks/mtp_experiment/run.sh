@@ -1,9 +1,9 @@
 #!/bin/sh
 # The MTP experiment (docs/mtp_experiment.md) on one GPU: three steps. On an H100 the first took 185 s
 # of training, compilation included, to which reading the text and validation are to be added; the
-# third 368 s in all, with the second less than ten minutes, beside another run on the same card. It
-# needs a folder `corpus`, from scripts/prepare_corpus.py --data DATA --out corpus; of its training
-# files train-00, train-01 and reasoning were used. Then
+# third 368 s in all, beside another run on the same card; the second was not timed. It needs a
+# folder `corpus`, from scripts/prepare_corpus.py --data DATA --out corpus; of its training files
+# train-00, train-01 and reasoning were used. Then
 #     dskjax train-mtp study-report runs/mtp-study/study.json --out docs/mtp_experiment.md
 set -eu
 held_out() { # KIND... of a split, as options
@@ -23,8 +23,8 @@ dskjax pretrain --model benchmarks/mtp_experiment --tokenizer examples/tiny-deep
     --lr 1.2e-3 --warmup 150 --save-every 1000000 --log-every 10 --deterministic \
     $(held_out valid code-python code-other tech-prose prose math reasoning)
 
-# 2. What the trunk writes itself, at most 6.3M tokens, for the on-policy rows. It wrote 4,083,096
-# tokens after texts and 286,402 after questions.
+# 2. What the trunk writes itself, at most 6.3M tokens, for the on-policy rows. Its record:
+# benchmarks/results/mtp-on-policy.json.
 generate="dskjax train-mtp generate-data runs/mtp-trunk/model --temperature 1"
 generate="$generate --max-tokens 512 --batch 1024"
 $generate --prompts corpus/train/train-00.txt.xz --prompts corpus/train/train-01.txt.xz \
