@@ -68,7 +68,7 @@ def swizzled_rows(*shape: int, dtype: Any) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=SWIZZLED_ROWS)
 
 
-def row_values(value: float, rows: int = 64) -> jax.Array:
+def row_values(value: float | jax.Array, rows: int = 64) -> jax.Array:
     """The same fp32 value for every row."""
     return plgpu.layout_cast(jnp.full((rows,), value, jnp.float32), ROWS)
 

@@ -20,6 +20,8 @@ from pallas_kernels.mla_decode.work import TILE
 
 COLUMNS = 64
 """Latent columns of a thread block."""
+PAIR = 2
+"""Partial results that a thread block loads at one time."""
 
 
 def combine(
@@ -47,22 +49,34 @@ def combine(
         columns = pl.ds(lax.axis_index("column") * COLUMNS, COLUMNS)
         group, first, count = (splits[split, i] for i in range(3))
 
-        def weigh(index: jax.Array, carry: Any) -> Any:
+        def weigh(step: jax.Array, carry: Any) -> Any:
+            """Two partial results at a time: all loads are under way before the first is used."""
             top, total, sums = carry
-            part_lse = plgpu.load(lse_parts.at[first + index, part], layout=ROWS, optimized=False)
-            new_top = jnp.maximum(top, part_lse)
+            one, other = PAIR * step, PAIR * step + 1
+            found = [load(one), load(jnp.minimum(other, count - 1))]
+            beyond = row_values(jnp.where(other < count, 0.0, -jnp.inf))
+            lses = [found[0][0], found[1][0] + beyond]
+            new_top = jnp.maximum(top, jnp.maximum(*lses))
             base = jnp.where(new_top == -jnp.inf, 0.0, new_top)  # no -inf - -inf
-            kept, weight = jnp.exp(top - base), jnp.exp(part_lse - base)
-            where = out_parts.at[first + index, part, :, columns]
-            values = plgpu.load(where, layout=MATRIX, optimized=False)
-            sums = sums * by_row(kept, sums) + values * by_row(weight, sums)
-            return new_top, total * kept + weight, sums
+            kept = jnp.exp(top - base)
+            total, sums = total * kept, sums * by_row(kept, sums)
+            for part_lse, (_, values) in zip(lses, found, strict=True):
+                weight = jnp.exp(part_lse - base)
+                total, sums = total + weight, sums + values * by_row(weight, sums)
+            return new_top, total, sums
+
+        def load(index: jax.Array) -> tuple[jax.Array, jax.Array]:
+            values = out_parts.at[first + index, part, :, columns]
+            return (
+                plgpu.load(lse_parts.at[first + index, part], layout=ROWS, optimized=False),
+                plgpu.load(values, layout=MATRIX, optimized=False),
+            )
 
         @pl.when(group >= 0)
         def _() -> None:
             zero = plgpu.layout_cast(jnp.zeros((TILE, COLUMNS), jnp.float32), MATRIX)
             carry = row_values(-jnp.inf), row_values(0.0), zero
-            top, total, sums = lax.fori_loop(0, count, weigh, carry)
+            top, total, sums = lax.fori_loop(0, pl.cdiv(count, PAIR), weigh, carry)
             norm = jnp.where(total > 0, 1 / total, 0.0)
             staged[...] = (sums * by_row(norm, sums)).astype(staged.dtype)
             plgpu.commit_smem()

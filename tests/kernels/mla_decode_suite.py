@@ -4,6 +4,7 @@ and every implementation as a function of the op's arguments, the Hopper kernel 
 
 import dataclasses
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import mla_decode, plan_mla_decode
-from pallas_kernels.mla_decode import api, cases
+from pallas_kernels.mla_decode import api, cases, work
 from pallas_kernels.mla_decode.plan import with_work
 from pallas_kernels.testing import assert_close, call, distinct, jit
 from pallas_kernels.testing.interpret import PARAMETERS, interpret
@@ -59,7 +60,20 @@ def interpreted(sms=SMS, see=None, **options):
     return op
 
 
-_with_work = jit(with_work, static_argnums=(2, 3))
+@functools.partial(jit, static_argnums=(2, 3))
+def _with_work(plan, table, heads, sms):
+    """Split as if that cost nothing: at its price no case that small has partial results."""
+    with mock.patch.multiple(work, ITEM_COST=0, SPLIT_COST=0, PIECE_COST=0, MIN_COST=1):
+        return with_work(plan, table, heads, sms)
+
+
+def partial_results(case, sms=SMS):
+    """How many each split sequence has when the Hopper kernel is interpreted."""
+    args = case.make(0)
+    rows, heads = args["q_latent"].shape[:2]
+    plan = args["plan"] or plan_mla_decode(args["cached_lens"], args["query_starts"], rows)
+    group, _, count = np.asarray(_with_work(plan, args["page_table"], heads, sms).work.splits).T
+    return count[group >= 0].tolist()
 
 
 @functools.cache

@@ -26,7 +26,7 @@ from pallas_kernels.mla_decode.tiles import Tiles
 from pallas_kernels.select import H100_SMS, choose, no_hopper
 from pallas_kernels.testing import assert_close, call
 from pallas_kernels.testing.interpret import RaceError
-from tests.kernels.mla_decode_suite import CASES, check, interpreted, run
+from tests.kernels.mla_decode_suite import check, interpreted, partial_results, run
 from tests.tolerances import E4M3_QUERIES, OP
 
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="interprets on a CPU")
@@ -78,7 +78,6 @@ BUGS = {
     "last page dropped": sees(lambda rows: np.where(rows > 64, rows - 64, rows)),
     "sees one row ahead": sees(lambda rows: rows + (rows > 0)),
     "not causal": sees(lambda rows: rows.reshape(-1, 2).max(axis=1).repeat(2)),
-    "older results not shrunk": has(values, "_shrink", _not_shrunk),
     "hidden rows keep NaN": has(values, "_clear_hidden", lambda *_: None),
     "hidden columns count": has(scores, "_mask", lambda scores, *_: scores),
 }
@@ -92,18 +91,41 @@ def test_suite_sees(bug, monkeypatch):
 
 
 @on_cpu
+def test_suite_sees_older_results_not_shrunk(monkeypatch):
+    with pytest.raises(AssertionError):
+        check(has(values, "_shrink", _not_shrunk)(monkeypatch), SHARP)
+
+
+@on_cpu
 def test_maxima_may_lag_behind(monkeypatch):
     check(interpreted(), SHARP)
     with pytest.raises(AssertionError):
         check(has(scores, "LAG", 1e6)(monkeypatch), SHARP)
 
 
-@full
 @on_cpu
 def test_suite_sees_partial_results_left_alone(monkeypatch):
     op = has(mosaic_sm90, "combine", lambda g, out, lse, *_: (out, lse))(monkeypatch)
     with pytest.raises(AssertionError):
-        check(op, CASES["hopper 128 heads"])
+        check(op, SMALL)
+
+
+ONE = dataclasses.replace(SMALL, name="hopper one", lens=(290,), queries=(2,))
+"""A sequence of five tiles."""
+
+
+@on_cpu
+@pytest.mark.parametrize("workers", [2, 3, 5])
+def test_partial_results_are_combined(workers):
+    assert partial_results(ONE, workers) == [workers]
+    check(interpreted(sms=workers), ONE)
+
+
+@pytest.mark.parametrize("kv", ["auto", "fp8", "fp8_tensor"])
+def test_cases_have_partial_results(kv):
+    """A list of work that never splits would leave the second kernel untested."""
+    hopper = [c for c in cases.CI + cases.FULL if c.kv == kv and c.name.startswith("hopper")]
+    assert any(partial_results(case) for case in hopper)
 
 
 @full
