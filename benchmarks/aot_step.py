@@ -5,7 +5,7 @@ weights or the cache.
 
 A step is new tokens through a few layers over a paged cache, up to the last hidden states; its
 cache is donated. What it needs beside its arguments must be less than a layer's experts, and less
-than a hundredth of the cache.
+than a hundredth of the cache. What XLA puts into command buffers is recorded.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ import functools
 import json
 import math
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from benchmarks import thunks
 from benchmarks.random_weights import Precision, param_shapes
 from dskjax import paged
 from dskjax.batch import RaggedBatch
@@ -73,7 +75,7 @@ def main() -> None:
 
 
 def compiled(cfg: ModelConfig, precision: Precision, kv_dtype: str) -> dict[str, Any]:
-    """What one step needs, in bytes."""
+    """What one step needs, in bytes, and what it launches."""
     width = CONTEXT // PAGE
     cache = jax.eval_shape(
         functools.partial(
@@ -102,12 +104,16 @@ def compiled(cfg: ModelConfig, precision: Precision, kv_dtype: str) -> dict[str,
     begun = time.perf_counter()
     with for_hopper():
         lowered = jax.jit(there, donate_argnums=1).lower(*args)
-    memory: Any = lowered.compile().memory_analysis()
+    with tempfile.TemporaryDirectory() as folder:
+        program = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        launches = thunks.of_dump(Path(folder))
+    memory: Any = program.memory_analysis()
     return {
         "temp_bytes": memory.temp_size_in_bytes,
         "experts_bytes": _bytes(params["moe_layers"][0]["mlp"]["experts"]),
         "cache_bytes": _bytes(cache),
         "aliased_bytes": memory.alias_size_in_bytes,
+        "launches": launches,
         "seconds": time.perf_counter() - begun,
     }
 

@@ -11,8 +11,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
+PEERS_CARD = "H100"
+"""Where the times of others were taken."""
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
@@ -25,6 +28,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     results = [json.loads(path.read_text()) for path in args.results]
+    results.sort(key=lambda result: (result["op"], result["device"]))
     text = args.out.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         parser.error(f"{args.out} must hold the lines {BEGIN!r} and {END!r} once each")
@@ -90,8 +94,13 @@ def others(row: dict[str, Any]) -> str:
 
 
 def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Part of the floor: ours as bars, others' (scaled to the same ceilings) as marks."""
-    rows = [(result["op"], row) for result in results for row in measured(result)]
+    """Part of the floor of what has peers: ours as bars, theirs, in our ceilings, as marks."""
+    rows = [
+        (result["op"], row)
+        for result in results
+        for row in measured(result)
+        if PEERS_CARD in result["device"] and row["others_us"]
+    ]
     figure = Figure(figsize=(11, 1 + 0.24 * len(rows)), layout="constrained")
     axes = figure.subplots()
     ours = [100 * row["part_of_floor"] for _, row in rows]
@@ -100,14 +109,18 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     for at, (_, row) in enumerate(rows):
         for name, us in row["others_scaled_to_these_ceilings_us"].items():
             marks.setdefault(name, []).append((100 * row["floor_us"] / us, at))
-    for (name, points), marker in zip(marks.items(), "o^sDvP*X<>" * 2, strict=False):
-        axes.plot(*zip(*points, strict=True), marker, markersize=5, label=name)
+    colours = colormaps["Dark2"].colors + colormaps["Set1"].colors
+    for (name, points), marker, colour in zip(
+        marks.items(), "o^sDvP*X<>dphH8", colours, strict=False
+    ):
+        axes.plot(*zip(*points, strict=True), marker, color=colour, markersize=5, label=name)
     labels = [f"{op}  {row['case']}  {row['impl']}" for op, row in rows]
     axes.set_yticks(range(len(rows)), labels, fontsize=7)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set_xlabel("% of the floor: the time the card's ceilings, measured beside, would need")
     axes.axvline(100, color="black", linewidth=0.8)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=110)
 
 

@@ -50,9 +50,8 @@ def plan_mla_decode(
     """
     rows = jnp.arange(num_tokens, dtype=jnp.int32)
     sequences = cached_lens.shape[0]
-    seq = jnp.clip(jnp.searchsorted(query_starts[1:], rows, side="right"), 0, sequences - 1).astype(
-        jnp.int32
-    )
+    seq = jnp.searchsorted(query_starts[1:], rows, side="right", method="compare_all")
+    seq = jnp.clip(seq, 0, sequences - 1).astype(jnp.int32)
     lens = query_starts[1:] - query_starts[:-1]
     visible = cached_lens[seq] - lens[seq] + (rows - query_starts[seq]) + 1
     return MlaDecodePlan(

@@ -147,7 +147,9 @@ def _loads(
 ) -> Int[Array, " _"]:
     """What each step loads; `steps` are the first steps of the items."""
     step = jnp.arange(pages.size + group.size + LOOK_AHEAD)
-    item = jnp.minimum(jnp.searchsorted(steps, step, side="right") - 1, group.size - 1)
+    # Too many to compare with all; unrolled, as a loop would be a launch and a wait for each turn.
+    item = jnp.searchsorted(steps, step, side="right", method="scan_unrolled") - 1
+    item = jnp.minimum(item, group.size - 1)
     tile = first[item] + step - steps[item] - 1
     page = pages[group[item], jnp.clip(tile, 0, pages.shape[1] - 1)]
     load = jnp.where(step == steps[item], -1 - group[item], page)
