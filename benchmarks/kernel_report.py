@@ -6,6 +6,7 @@ Replaces what is between the two marks of the file and leaves the rest, which is
 """
 
 import argparse
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -109,10 +110,9 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     for at, (_, row) in enumerate(rows):
         for name, us in row["others_scaled_to_these_ceilings_us"].items():
             marks.setdefault(name, []).append((100 * row["floor_us"] / us, at))
-    colours = colormaps["Dark2"].colors + colormaps["Set1"].colors
-    for (name, points), marker, colour in zip(
-        marks.items(), "o^sDvP*X<>dphH8", colours, strict=False
-    ):
+    markers = itertools.cycle("o^sDvP*X<>dphH8")
+    colours = itertools.cycle(colormaps["Dark2"].colors + colormaps["Set1"].colors)
+    for (name, points), marker, colour in zip(marks.items(), markers, colours, strict=False):
         axes.plot(*zip(*points, strict=True), marker, color=colour, markersize=5, label=name)
     labels = [f"{op}  {row['case']}  {row['impl']}" for op, row in rows]
     axes.set_yticks(range(len(rows)), labels, fontsize=7)

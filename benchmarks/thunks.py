@@ -19,12 +19,12 @@ def of_dump(folder: Path) -> dict[str, Any]:
 
     Returns:
         command_buffers: how many there are; "in_command_buffers" and "by_the_host": {kind: thunks},
-        those in the bodies of loops among the latter and counted once.
+        those in the bodies of loops counted once.
 
     Raises:
         FileNotFoundError: the folder has not exactly one list.
     """
-    found = sorted(folder.glob(LIST))
+    found = list(folder.glob(LIST))
     if len(found) != 1:
         raise FileNotFoundError(f"{folder} must hold one file {LIST}, not {len(found)}")
     return counted(found[0].read_text())
@@ -34,14 +34,14 @@ def counted(text: str) -> dict[str, Any]:
     """`of_dump` of a list: thunks of a command buffer are indented below it."""
     inside: collections.Counter[str] = collections.Counter()
     outside: collections.Counter[str] = collections.Counter()
-    buffers, into = 0, outside
+    buffers, buffer = 0, None  # the indent of the one that the line may be in
     for indent, kind in ENTRY.findall(text):
-        if not indent:
-            into = inside if kind == "CommandBuffer" else outside
+        if buffer is not None and len(indent) <= buffer:
+            buffer = None
         if kind == "CommandBuffer":
-            buffers += 1
+            buffers, buffer = buffers + 1, len(indent)
         else:
-            into[kind] += 1
+            (outside if buffer is None else inside)[kind] += 1
     return {
         "command_buffers": buffers,
         "in_command_buffers": dict(sorted(inside.items())),

@@ -12,7 +12,9 @@ LISTED = """\
 condition:
     004: kCustomKernel [source | sink] loop_compare_fusion grid: [1, 1, 1]
   body:
-    005: kCopy         [source       | sink        ] kCopy
+    000: kCommandBuffer [source       | next=006 (1)]
+        005: kCopy         [source       | sink        ] kCopy
+    008: kCustomCall    [prev=000 (1)  | sink        ] kCustomCall
 000: kCommandBuffer [prev=003 (1)  | next=007 (1)]
     006: kCustomKernel [source       | sink        ] loop_add_fusion grid: [1, 1, 1]
 007: kCustomCall    [prev=000 (1)  | sink        ] kCustomCall
@@ -21,9 +23,9 @@ condition:
 
 def test_thunks_are_counted_where_they_are_launched_from():
     assert thunks.counted(LISTED) == {
-        "command_buffers": 2,
-        "in_command_buffers": {"Copy": 1, "CustomKernel": 2},
-        "by_the_host": {"Copy": 1, "CustomCall": 1, "CustomKernel": 1, "While": 1},
+        "command_buffers": 3,
+        "in_command_buffers": {"Copy": 2, "CustomKernel": 2},
+        "by_the_host": {"CustomCall": 2, "CustomKernel": 1, "While": 1},
     }
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from pallas_kernels.mla_decode.work import TILE, Work, share_out
+from pallas_kernels.mla_decode.work import TILE, Work, rank, share_out
 
 
 @jax.tree_util.register_dataclass
@@ -50,8 +50,7 @@ def plan_mla_decode(
     """
     rows = jnp.arange(num_tokens, dtype=jnp.int32)
     sequences = cached_lens.shape[0]
-    seq = jnp.searchsorted(query_starts[1:], rows, side="right", method="compare_all")
-    seq = jnp.clip(seq, 0, sequences - 1).astype(jnp.int32)
+    seq = jnp.clip(rank(query_starts[1:], rows, "right"), 0, sequences - 1).astype(jnp.int32)
     lens = query_starts[1:] - query_starts[:-1]
     visible = cached_lens[seq] - lens[seq] + (rows - query_starts[seq]) + 1
     return MlaDecodePlan(

@@ -83,14 +83,14 @@ def share_out(
 
     begins, total = jnp.concatenate([firsts[:-1], cuts[:-1]]), firsts[-1]
     begins = jnp.unique(begins, size=begins.size, fill_value=total)
-    group = jnp.minimum(_rank(firsts, begins, "right"), tiles.size) - 1
+    group = jnp.minimum(rank(firsts, begins, "right"), tiles.size) - 1
     first, count = begins - firsts[group], jnp.append(begins[1:], total) - begins
     seen_by_all = jnp.where(visible > 0, visible, rows[:, None]).min(axis=1) // TILE
     whole = jnp.clip(seen_by_all[group] - first, 0, count)
     split = (count > 0) & (count < tiles[group])
     partial = jnp.where(split, jnp.cumsum(split) - 1, -1)
     steps = _starts(jnp.where(count > 0, count + 1, 0))
-    item = _rank(begins, cuts, "left")
+    item = rank(begins, cuts, "left")
     return Work(
         workers=_i32(item, steps[item]),
         items=_i32(group, first, count, whole, rows[group], partial),
@@ -103,7 +103,7 @@ def _starts(sizes: Int[Array, " N"]) -> Int[Array, " N+1"]:
     return jnp.concatenate([jnp.zeros(1, sizes.dtype), jnp.cumsum(sizes)])
 
 
-def _rank(
+def rank(
     ascending: Int[Array, " N"], values: Int[Array, "*M"], side: typing.Literal["left", "right"]
 ) -> Int[Array, "*M"]:
     """Where values would go. All are compared at once: a search is a loop of launches on a GPU."""
@@ -120,7 +120,7 @@ def _cuts(tiles: Int[Array, " G"], firsts: Int[Array, " G+1"], workers: int) -> 
     counts = workers - jnp.arange(min(SPARED, workers - 1) + 1)
     shares = jnp.maximum(-(-costs[-1] // counts), MIN_COST)
     marks = jnp.minimum(jnp.arange(workers + 1) * shares[:, None], costs[-1])
-    group = _rank(costs[1:-1], marks, "right")
+    group = rank(costs[1:-1], marks, "right")
     inside = marks - costs[group]
     exact = firsts[group] + jnp.clip(inside - ITEM_COST, 0, tiles[group])
     edge = firsts[group + (2 * inside > tiles[group] + ITEM_COST)]
@@ -131,8 +131,8 @@ def _cuts(tiles: Int[Array, " G"], firsts: Int[Array, " G+1"], workers: int) -> 
 def _price(cuts: Int[Array, " _"], firsts: Int[Array, " _"]) -> Int[Array, ""]:
     """When the last worker ends and partial results are combined, in tiles."""
     begin, end = cuts[:-1], cuts[1:]
-    first = _rank(firsts, begin, "right") - 1
-    last = _rank(firsts, end, "left") - 1
+    first = rank(firsts, begin, "right") - 1
+    last = rank(firsts, end, "left") - 1
     items = jnp.where(end > begin, last - first + 1, 0)
     opens = (end > begin) & (begin > firsts[first])  # the first item is not whole
     closes = (end > begin) & (end < firsts[jnp.minimum(last + 1, firsts.size - 1)])
